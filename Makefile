@@ -1,0 +1,38 @@
+# On a fresh machine: `make demo` shows what DataFlex does, `make test` runs the tests. Needs Python >= 3.11 with venv, and pip.
+PYTHON ?= python3
+VENV ?= .venv
+CONSTRAINTS ?= constraints.txt
+export HF_HUB_OFFLINE = 1
+
+.PHONY: demo test check format docs clean
+
+$(VENV)/installed: pyproject.toml $(CONSTRAINTS)
+	$(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/python -m pip install --quiet --upgrade pip
+	$(VENV)/bin/python -m pip install --quiet --constraint $(CONSTRAINTS) --editable ".[trl]"
+	touch $@
+
+$(VENV)/installed-dev: $(VENV)/installed
+	$(VENV)/bin/python -m pip install --quiet --constraint $(CONSTRAINTS) --editable ".[dev]"
+	touch $@
+
+demo: $(VENV)/installed
+	$(VENV)/bin/python -m dataflex.demo
+
+test: $(VENV)/installed-dev
+	$(VENV)/bin/python -m pytest
+
+check: $(VENV)/installed-dev
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
+
+format: $(VENV)/installed-dev
+	$(VENV)/bin/ruff check --fix .
+	$(VENV)/bin/ruff format .
+
+docs: $(VENV)/installed-dev
+	$(VENV)/bin/python -m dataflex.cli reference > docs/reference.md
+
+clean:
+	rm -rf $(VENV) demo_output build dist

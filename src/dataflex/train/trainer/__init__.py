@@ -1,0 +1,1 @@
+"""Trainers: mixins in front of any `transformers.Trainer` subclass."""

@@ -1,0 +1,344 @@
+"""The mixin that goes in front of any `transformers.Trainer` subclass: it decides which rows come next and keeps its state in checkpoints.
+
+Every override calls `super()`; no training loop is copied and nothing is patched. The key hook is `Trainer.get_batch_samples`, called once
+per optimizer step before any of its batches is drawn: there the mixin hands out batches from its own loader. The host's loader supplies
+data set, collator, column rules and the order of each epoch, and is never iterated itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from accelerate.data_loader import get_sampler
+from torch.utils.data import DataLoader
+from transformers import Trainer
+
+from dataflex.configs.components import component_params
+from dataflex.configs.schema import COMPONENT_KIND, DataflexConfig, TrainType
+from dataflex.core.events import EventLog
+from dataflex.core.plugins import load_plugins
+from dataflex.core.registry import REGISTRY
+from dataflex.core.state import load_state, newest_complete_checkpoint, save_state
+from dataflex.errors import ConfigError, Problem, ResumeError, TrainingError
+from dataflex.train.data.fingerprint import dataset_fingerprint
+from dataflex.train.data.index_stream import IndexedRows, IndexStream, RankBatches
+from dataflex.train.data.sample_meta import META, BatchMeta, MetaCollator
+from dataflex.train.trainer import hosts
+from dataflex.train.trainer.metrics import WeightMetrics
+from dataflex.utils.distributed import gather_rows
+from dataflex.utils.logging import logger
+from dataflex.utils.seeding import isolated_rng
+
+DOMAIN_COLUMN = "domain_id"
+
+# Training arguments that change the course of training; a resume with others is another run.
+_COURSE = (
+    "learning_rate",
+    "lr_scheduler_type",
+    "warmup_steps",
+    "weight_decay",
+    "adam_beta1",
+    "adam_beta2",
+    "adam_epsilon",
+    "max_grad_norm",
+    "optim",
+    "gradient_accumulation_steps",
+    "num_train_epochs",
+    "max_steps",
+    "seed",
+    "data_seed",
+    "label_smoothing_factor",
+    "dataloader_drop_last",
+    "bf16",
+    "fp16",
+)
+
+
+@dataclass
+class OptimizerStep:
+    """The micro-batches of one optimizer step, as known before its first forward pass.
+
+    Attributes:
+        batches: this rank's collated micro-batches.
+        metas: their samples.
+        samples, targets: samples and target tokens of every micro-batch on every rank, shape (micro-batches, ranks).
+        position: number of micro-batches already trained on.
+    """
+
+    batches: list[dict[str, Any]]
+    metas: list[BatchMeta]
+    samples: np.ndarray
+    targets: np.ndarray
+    position: int = 0
+    num_samples: torch.Tensor = field(default_factory=lambda: torch.zeros(0))
+    num_targets: torch.Tensor = field(default_factory=lambda: torch.zeros(0))
+
+    @property
+    def meta(self) -> BatchMeta:
+        return self.metas[self.position]
+
+    def own_part(self, rank: int, micro_step: int) -> slice:
+        """Where this rank's samples of a micro-batch stand among all samples of that micro-batch."""
+        start = int(self.samples[micro_step, :rank].sum())
+        return slice(start, start + int(self.samples[micro_step, rank]))
+
+
+class DynamicTrainer(Trainer):
+    """Base of `WeightTrainer` and its siblings. Use them: `WeightTrainer.over(SFTTrainer)(..., dataflex=DataflexConfig(...))`."""
+
+    train_type: ClassVar[TrainType]
+
+    @classmethod
+    @lru_cache(maxsize=None)
+    def over(cls, base: type[Trainer]) -> Any:
+        """This mixin in front of `base`, a `transformers.Trainer` subclass."""
+        return type(cls.__name__.removesuffix("Trainer") + base.__name__, (cls, base), {"__module__": __name__})
+
+    def __init__(
+        self,
+        *args: Any,
+        dataflex: DataflexConfig | dict[str, Any],
+        component: Any = None,
+        domain_names: Sequence[str] | None = None,
+        **kwargs: Any,
+    ):
+        """
+        Args:
+            dataflex: the algorithm and its schedule; `train_type` may be left out.
+            component: a ready-made component, instead of `dataflex.component_name`.
+            domain_names: names of the domains that the training data's `domain_id` column numbers.
+            *args, **kwargs: the host Trainer's own.
+
+        Raises:
+            ConfigError: a setting of the host under which the results would be wrong, or of `dataflex`.
+        """
+        settings = dataflex if isinstance(dataflex, dict) else dataflex.model_dump(exclude_unset=True)
+        name = settings.get("component_name") or (type(component).__name__ if component is not None else None)
+        self.dataflex = DataflexConfig(**{**settings, "train_type": self.train_type, "component_name": name})
+        super().__init__(*args, **kwargs)
+        self._refuse_unsupported()
+        self._apply_train_step()
+        self._resume: Path | None = None
+        self._pending: dict[str, Any] | None = None
+        self._step: OptimizerStep | None = None
+        self._batches: Iterator[Any] | None = None
+        self.domains = self._read_domains()
+        self.metrics = WeightMetrics(domain_names or self._domain_numbers())
+        self.events = EventLog(self.args.output_dir, active=self.accelerator.is_main_process)
+        self.component, self.component_settings = (component, {}) if component is not None else self._build_component()
+
+    # ---------------------------------------------------------------- set-up
+
+    def _refuse_unsupported(self) -> None:
+        reasons = hosts.unsupported(self)
+        if self.train_dataset is not None and not hasattr(self.train_dataset, "__len__"):
+            reasons.append("a streaming data set: DataFlex needs to know its rows; load it without streaming")
+        if reasons:
+            raise ConfigError([Problem("", self.train_type, f"cannot be combined with {reason}") for reason in reasons])
+
+    def _apply_train_step(self) -> None:
+        steps = self.dataflex.train_step
+        if steps and self.args.max_steps > 0 and self.args.max_steps != steps:
+            raise ConfigError(Problem("", "train_step", f"is {steps} but max_steps is {self.args.max_steps}; both set the total number of optimizer steps"))
+        if steps:
+            self.args.max_steps = steps
+
+    def _build_component(self) -> tuple[Any, dict[str, Any]]:
+        config, kind = self.dataflex, COMPONENT_KIND[self.train_type]
+        load_plugins(config.plugins)
+        assert config.component_name is not None
+        in_file = component_params(kind, config.component_name, config.components_cfg_file, substitute={"output_dir": str(self.args.output_dir)})
+        params = {**in_file, **config.component_params}
+        runtime = {
+            "dataset": self.train_dataset,
+            "eval_dataset": self.eval_dataset,
+            "accelerator": self.accelerator,
+            "data_collator": self.data_collator,
+            "tokenizer": self.processing_class,
+            "output_dir": str(self.args.output_dir),
+            "cache_dir": str(Path(self.args.output_dir) / "dataflex" / "cache"),
+            "seed": self.args.seed,
+        }
+        return REGISTRY.build(kind, config.component_name, runtime=runtime, cfg=params), params
+
+    def _read_domains(self) -> np.ndarray | None:
+        columns = getattr(self.train_dataset, "column_names", None) or []
+        return np.asarray(self.train_dataset[DOMAIN_COLUMN], dtype=np.int64) if DOMAIN_COLUMN in columns else None
+
+    def _domain_numbers(self) -> list[str]:
+        return [] if self.domains is None or not len(self.domains) else [str(k) for k in range(int(self.domains.max()) + 1)]
+
+    # ---------------------------------------------------------------- data
+
+    def get_train_dataloader(self) -> DataLoader:
+        loader = super().get_train_dataloader()
+        sampler, world = get_sampler(loader), self.accelerator.num_processes
+
+        def epoch_order(epoch: int) -> np.ndarray:
+            if hasattr(sampler, "set_epoch"):
+                sampler.set_epoch(epoch)
+            with isolated_rng(self.args.seed, "epoch order", epoch):
+                return np.fromiter(iter(sampler), dtype=np.int64)
+
+        self._stream = IndexStream(epoch_order, self._train_batch_size * world, drop_last=self.args.dataloader_drop_last)
+        if len(loader) != self._stream.micro_batches_per_epoch():
+            raise TrainingError(
+                f"the host's loader has {len(loader)} batches in an epoch where {self._stream.micro_batches_per_epoch()} are expected; "
+                "its batch sampler is not supported"
+            )
+        workers = self.args.dataloader_num_workers
+        self._loader: DataLoader[Any] = DataLoader(
+            IndexedRows(loader.dataset),
+            batch_sampler=RankBatches(self._stream, self.accelerator.process_index, world),  # type: ignore[arg-type]
+            collate_fn=MetaCollator(loader.collate_fn, self.domains, self.args.seed),
+            num_workers=workers,
+            pin_memory=self.args.dataloader_pin_memory and torch.cuda.is_available(),
+            prefetch_factor=self.args.dataloader_prefetch_factor if workers else None,
+            persistent_workers=workers > 0,
+            generator=torch.Generator().manual_seed(self.args.seed),  # otherwise iterating draws from the global one
+        )
+        self._batches = None
+        self._settings = self._settings_for_resume(loader.dataset)
+        if self._resume is not None:
+            self._restore(self._resume)
+        return loader
+
+    def get_batch_samples(self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device) -> tuple[list[Any], Any]:
+        if self._pending is not None:  # only now has the Trainer reset what it forgets on resume
+            hosts.restore_logging_state(self, self._pending["loss"], self._pending["last_logged"])
+            hosts.restore_host_state(self, self._pending["host"])
+            self._pending = None
+        batches, num_items = super().get_batch_samples(self._next_batches(num_batches), num_batches, device)
+        self._step = self._describe(batches, device)
+        return batches, num_items
+
+    def _next_batches(self, number: int) -> Iterator[Any]:
+        if self._batches is None:
+            self._batches = iter(self._loader)
+        for _ in range(number):
+            batch = next(self._batches)
+            self._stream.advance()
+            yield batch
+
+    def _describe(self, batches: list[dict[str, Any]], device: torch.device) -> OptimizerStep:
+        metas = [batch.pop(META) for batch in batches]
+        counts = torch.tensor([[meta.num_samples, meta.num_targets] for meta in metas], dtype=torch.int64)
+        gathered = gather_rows(counts).numpy()  # (ranks, micro-batches, 2)
+        samples, targets = gathered[..., 0].T, gathered[..., 1].T
+        if targets.sum() == 0:
+            raise TrainingError(
+                f"no token of the {len(metas)} micro-batches at step {self.state.global_step} has a label: check cutoff_len and the prompt masking"
+            )
+        totals = [torch.tensor(int(total), device=device) for total in (samples.sum(), targets.sum())]
+        return OptimizerStep(batches, metas, samples, targets, num_samples=totals[0], num_targets=totals[1])
+
+    # ---------------------------------------------------------------- what components may use
+
+    @property
+    def step(self) -> OptimizerStep:
+        """The optimizer step under way."""
+        if self._step is None:
+            raise TrainingError("there is no optimizer step under way")
+        return self._step
+
+    @property
+    def sample_ids(self) -> torch.Tensor:
+        """Data set row of each sample of this rank's micro-batch (n,), CPU. A row that holds several documents occurs several times."""
+        return self.step.meta.sample_ids
+
+    @property
+    def domain_ids(self) -> torch.Tensor | None:
+        """Domain of each sample of this rank's micro-batch (n,), CPU, or None."""
+        return self.step.meta.domain_ids
+
+    # ---------------------------------------------------------------- logging and state
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        if "loss" in logs:
+            logs.update(self.metrics.drain())
+        super().log(logs, *args, **kwargs)
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        self._resume = self._resolve_checkpoint(resume_from_checkpoint)
+        if self._resume is not None:
+            load_state(self._resume)  # fail before anything is set up
+        return super().train(str(self._resume) if self._resume else None, *args, **kwargs)
+
+    def _resolve_checkpoint(self, requested: str | bool | None) -> Path | None:
+        if not requested:
+            return None
+        if requested is not True:
+            return Path(requested)
+        found, skipped = newest_complete_checkpoint(self.args.output_dir)
+        for reason in skipped:
+            logger.warning("not resuming from a newer checkpoint: %s", reason)
+        if found is None:
+            raise ResumeError(f"resume_from_checkpoint: true, but {self.args.output_dir} holds no checkpoint that can be resumed")
+        return found
+
+    def _settings_for_resume(self, dataset: Any) -> dict[str, Any]:
+        own = self.dataflex.model_dump(include={"train_type", "component_name", "warmup_step", "train_step", "loss_normalization", "project_targets_only"})
+        course = {name: str(getattr(self.args, name, None)) for name in _COURSE}
+        return {
+            **own,
+            "component": f"{type(self.component).__module__}.{type(self.component).__qualname__}",
+            "component_params": self.component_settings,
+            "dataset rows": len(dataset),
+            "dataset content": dataset_fingerprint(dataset),
+            "rows per micro-batch over all ranks": self._train_batch_size * self.accelerator.num_processes,
+            **course,
+        }
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        # Before super(), which writes trainer_state.json last: a checkpoint that has that file then has our state too.
+        if not self.args.save_only_model:
+            state, tensors = self._state()
+            if self.args.should_save:
+                save_state(Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}", state, tensors)
+        super()._save_checkpoint(model, trial)
+
+    def _state(self) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+        """Everything beyond the host's own checkpoint. All ranks must call: pending metrics are gathered."""
+        logged = hosts.logging_state(self)
+        losses = gather_rows(torch.tensor([logged["loss"]], dtype=torch.float64))[:, 0].tolist()
+        saved = self.component.state_dict() if hasattr(self.component, "state_dict") else {}
+        tensors = {name: value for name, value in saved.items() if torch.is_tensor(value)}
+        state = {
+            "global_step": self.state.global_step,
+            "stream": self._stream.state_dict(),
+            "component": {name: value for name, value in saved.items() if name not in tensors},
+            "pending": {
+                "loss": losses,
+                "last_logged": logged["last_logged"],
+                "metrics": self.metrics.merged(),
+                "host": hosts.host_state(self),
+            },
+            "settings": self._settings,
+        }
+        return state, tensors
+
+    def _restore(self, checkpoint: Path) -> None:
+        state, tensors = load_state(checkpoint)
+        self._refuse_changed(checkpoint, state["settings"])
+        self._stream.load_state_dict(state["stream"])
+        self._pending = state["pending"]
+        self.metrics.restore(self._pending["metrics"], self.args.device, keep=self.accelerator.is_main_process)
+        self.events.rewind(state["global_step"])
+        if hasattr(self.component, "load_state_dict"):
+            self.component.load_state_dict({**state["component"], **{name: value.to(self.args.device) for name, value in tensors.items()}})
+
+    def _refuse_changed(self, checkpoint: Path, before: dict[str, Any]) -> None:
+        changed = [f"{name} was {before.get(name)!r}, now {value!r}" for name, value in self._settings.items() if before.get(name) != value]
+        if not changed:
+            return
+        message = f"{checkpoint} belongs to another run: " + "; ".join(changed)
+        if not self.dataflex.allow_changed_resume:
+            raise ResumeError(message + ". Set allow_changed_resume: true to resume all the same")
+        logger.warning("%s; resuming all the same (allow_changed_resume)", message)
+

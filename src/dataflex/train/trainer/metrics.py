@@ -1,0 +1,78 @@
+"""Statistics of the weights since the last log line, gathered on the device without a synchronisation per step."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+
+from dataflex.utils.distributed import gather_rows
+
+_SUMS = ("samples", "weight", "weight_squared", "loss", "nonfinite", "without_targets")
+
+
+class WeightMetrics:
+    """Sums over this rank's samples; `merged` adds up the ranks."""
+
+    def __init__(self, domains: Sequence[str] | None = None):
+        self.domains = list(domains or [])
+        self._sums: torch.Tensor | None = None
+        self._range: torch.Tensor | None = None
+
+    def add(self, weights: torch.Tensor, losses: torch.Tensor, domain_ids: torch.Tensor | None, without_targets: int) -> None:
+        """Count one micro-batch: detached `weights` and `losses` (n,), the samples' domains (n,) and the samples that had no target."""
+        device, size = losses.device, len(_SUMS) + 2 * len(self.domains)
+        if self._sums is None or self._range is None:
+            self._sums = torch.zeros(size, dtype=torch.float64, device=device)
+            self._range = torch.tensor([-math.inf, -math.inf], dtype=torch.float64, device=device)  # of -w and w: both are maxima
+        weights, losses = weights.double(), losses.double()
+        finite = torch.isfinite(losses)
+        counts = torch.ones_like(losses)
+        rows = [counts, weights, weights.square(), torch.where(finite, losses, 0.0), (~finite).double(), torch.zeros_like(losses)]
+        self._sums[: len(_SUMS)] += torch.stack(rows).sum(1)
+        self._sums[_SUMS.index("without_targets")] += without_targets
+        if len(weights):
+            self._range = torch.maximum(self._range, torch.stack([(-weights).max(), weights.max()]))
+        if self.domains and domain_ids is not None:
+            member = torch.nn.functional.one_hot(domain_ids.to(device, non_blocking=True), len(self.domains)).double()
+            self._sums[len(_SUMS) :] += torch.cat([member.T @ weights, member.sum(0)])
+
+    def merged(self) -> dict[str, list[float]] | None:
+        """Sums and range over all ranks, as JSON-ready lists; None when nothing was counted. All ranks must call."""
+        size = len(_SUMS) + 2 * len(self.domains)
+        sums = torch.zeros(size, dtype=torch.float64) if self._sums is None else self._sums.cpu()
+        extremes = torch.full((2,), -math.inf, dtype=torch.float64) if self._range is None else self._range.cpu()
+        sums, extremes = gather_rows(sums).sum(0), gather_rows(extremes).amax(0)
+        return {"sums": sums.tolist(), "range": extremes.tolist()} if bool(torch.isfinite(extremes).all()) else None
+
+    def restore(self, state: dict[str, list[float]] | None, device: torch.device, keep: bool) -> None:
+        """Go on from `merged()`; only the rank with `keep` takes it, the others start from nothing."""
+        self._sums = self._range = None
+        if state is not None and keep:
+            self._sums = torch.tensor(state["sums"], dtype=torch.float64, device=device)
+            self._range = torch.tensor(state["range"], dtype=torch.float64, device=device)
+
+    def drain(self) -> dict[str, float]:
+        """The metrics for a log line, over all ranks; starts anew. All ranks must call."""
+        merged = self.merged()
+        self._sums = self._range = None
+        if merged is None:
+            return {}
+        total = dict(zip(_SUMS, merged["sums"], strict=False))
+        samples, finite = total["samples"], max(total["samples"] - total["nonfinite"], 1)
+        lowest, highest = merged["range"]
+        metrics = {
+            "weight_mean": total["weight"] / samples,
+            "weight_min": -lowest + 0.0,
+            "weight_max": highest,
+            # Share of the samples that would carry the same information at equal weights: 1 when all weights are equal.
+            "effective_sample_size": total["weight"] ** 2 / (samples * total["weight_squared"]) if total["weight_squared"] else 0.0,
+            "sample_loss": total["loss"] / finite,
+        }
+        per_domain = merged["sums"][len(_SUMS) :]
+        for k, domain in enumerate(self.domains):
+            if total["weight"] and len(self.domains) > 1:
+                metrics[f"weight_share/{domain}"] = per_domain[k] / total["weight"]
+        rare = {"nonfinite_losses": total["nonfinite"], "samples_without_targets": total["without_targets"]}
+        return {f"dataflex/{name}": value for name, value in {**metrics, **{k: v for k, v in rare.items() if v}}.items()}

@@ -1,0 +1,179 @@
+"""Dynamic sample weighting: the loss of every sample enters the backward pass with a weight that a `Weighter` decides."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import contextmanager, nullcontext
+from typing import Any, Iterator
+
+import torch
+from torch import nn
+
+from dataflex.errors import ConfigError, Problem, TrainingError
+from dataflex.train.data.sample_meta import BatchMeta
+from dataflex.train.trainer import hosts
+from dataflex.train.trainer.dynamic_trainer import DynamicTrainer
+from dataflex.train.trainer.features import captured_hidden_states, encode_rows, pooled_features
+from dataflex.train.trainer.token_losses import MicroStep, TokenLosses, losses_from_logits
+from dataflex.utils.distributed import gather_ragged
+
+Signal = Callable[[torch.Tensor], torch.Tensor]
+
+
+class WeightTrainer(DynamicTrainer):
+    """`WeightTrainer.over(AnyTrainer)(..., dataflex=DataflexConfig(component_name="loss", warmup_step=100))`.
+
+    Components see it as `ctx`. From `warmup_step` on it calls the weighter's `training_step` with `use_weighter=True`; before, the same
+    code runs with weight 1, so that the scale of the loss does not jump.
+    """
+
+    train_type = "dynamic_weight"
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        if self.component.needs_features and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
+            name = self.dataflex.component_name
+            raise ConfigError(Problem("", "component_name", f"{name} reads hidden states, which FSDP and DeepSpeed shard; use DDP or another component"))
+        self._active: tuple[Any, bool] | None = None
+        self._hidden: list[torch.Tensor] = []
+        self._features: torch.Tensor | None = None
+
+    # ---------------------------------------------------------------- one micro-batch
+
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
+        use_weighter = self.state.global_step >= self.dataflex.warmup_step
+        if use_weighter and self.step.position == 0:
+            if self.state.global_step == self.dataflex.warmup_step:
+                self.events.write(self.state.global_step, "weighting starts", component=self.dataflex.component_name)
+            self.component.begin_step(self, model)
+        loss = self.component.training_step(self, model, inputs, num_items_in_batch, use_weighter=use_weighter)
+        self.step.position += 1
+        if use_weighter and self.step.position == len(self.step.batches):
+            self.component.end_step(self)
+        return loss
+
+    def run_training_step(self, weighter: Any, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any, use_weighter: bool) -> torch.Tensor:
+        """The host's own training step (autocast, backward, ...) with `weighter` building the loss. What `Weighter.training_step` does."""
+        self._active = (weighter, use_weighter)
+        try:
+            return super().training_step(model, inputs, num_items_in_batch)
+        finally:
+            self._active = None
+
+    def compute_loss(self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None) -> Any:
+        if self._active is None:  # evaluation, or a weighter with a training step of its own
+            return super().compute_loss(model, inputs, return_outputs=return_outputs, num_items_in_batch=num_items_in_batch)
+        weighter, use_weighter = self._active
+        with self._capturing(weighter if use_weighter else None):
+            tokens = self._token_losses(model, inputs, num_items_in_batch)
+        micro = self._micro_step(tokens, self.step.meta, weighter)
+        loss = weighter.weighted_loss(micro, ctx=self, model=model, inputs=inputs) if use_weighter else weighter.plain_loss(micro)
+        loss = loss * self._host_divisor(num_items_in_batch)
+        return (loss, None) if return_outputs else loss
+
+    def _token_losses(self, model: nn.Module, inputs: dict[str, Any], num_items: Any) -> TokenLosses:
+        if hosts.is_trl_sft(self) and self.label_smoother is None:
+            return hosts.fused_head_losses(self, super().compute_loss, model, inputs, self.step.meta, num_items)
+        return self._losses_from_logits(model, inputs, self.step.meta)
+
+    def _losses_from_logits(self, model: nn.Module, inputs: dict[str, Any], meta: BatchMeta) -> TokenLosses:
+        base = hosts.causal_lm(self)
+        config = base.config.get_text_config()
+        return losses_from_logits(
+            model,
+            inputs,
+            meta,
+            head=base.get_output_embeddings() if self.dataflex.project_targets_only else None,
+            smoothing=self.args.label_smoothing_factor,
+            router_coefficient=getattr(config, "router_aux_loss_coef", 0.0) if getattr(config, "output_router_logits", False) else 0.0,
+        )
+
+    def _micro_step(self, tokens: TokenLosses, meta: BatchMeta, weighter: Any) -> MicroStep:
+        step = self.step
+        return MicroStep(
+            tokens=tokens,
+            meta=meta,
+            num_tokens=step.num_targets,
+            num_samples=step.num_samples,
+            mean_tokens=float(step.targets.sum() / step.samples.sum()),
+            world=self.accelerator.num_processes,
+            num_micro_steps=len(step.batches),
+            per_token=self.dataflex.loss_normalization == "token",
+        )
+
+    def _host_divisor(self, num_items: Any) -> int:
+        """What the host's training step will divide the loss by; the step's scale is already right without it."""
+        flag = getattr(self, "loss_is_scaled_for_ga", None)
+        scaled = flag if flag is not None else self.model_accepts_loss_kwargs and num_items is not None
+        return 1 if scaled else self.current_gradient_accumulation_steps
+
+    # ---------------------------------------------------------------- what weighters may use
+
+    @property
+    def num_micro_steps(self) -> int:
+        """Micro-batches of the optimizer step under way."""
+        return len(self.step.batches)
+
+    @property
+    def features(self) -> torch.Tensor:
+        """Unit feature (n, D) of each sample of the micro-batch, pooled from the training forward. Only for weighters with `needs_features`."""
+        if self._features is None:
+            if not self._hidden:
+                raise TrainingError(f"{type(self.component).__name__} asks for features but does not set needs_features = True")
+            self._features = pooled_features(self._hidden[0], self.step.meta, self.component.pooling)
+        return self._features
+
+    @contextmanager
+    def _capturing(self, weighter: Any) -> Iterator[None]:
+        self._hidden, self._features = [], None
+        wanted = weighter is not None and weighter.needs_features
+        with captured_hidden_states(hosts.causal_lm(self), self._hidden) if wanted else nullcontext():
+            yield
+
+    def gather_samples(self, values: torch.Tensor) -> torch.Tensor:
+        """The rows of `values` (n, ...), one per sample of this rank's micro-batch, of all ranks in rank order. All ranks must call."""
+        return gather_ragged(values, self.step.samples[self.step.position].tolist())
+
+    def own_part(self, gathered: torch.Tensor) -> torch.Tensor:
+        """This rank's rows of what `gather_samples` returned."""
+        return gathered[self.step.own_part(self.accelerator.process_index, self.step.position)]
+
+    def own_part_of_step(self, gathered: torch.Tensor) -> torch.Tensor:
+        """This rank's rows, for the micro-batch under way, of what `gather_step` returned."""
+        position, before = self.step.position, int(self.step.samples[: self.step.position].sum())
+        part = self.step.own_part(self.accelerator.process_index, position)
+        return gathered[before + part.start : before + part.stop]
+
+    def gather_step(self, model: nn.Module, signal: Signal) -> torch.Tensor:
+        """`signal` of every sample of the whole optimizer step, micro-batch after micro-batch, each in rank order.
+
+        Costs one forward pass without gradient over the step's micro-batches, in evaluation mode. All ranks must call.
+
+        Args:
+            model: the model that `begin_step` was given.
+            signal: from a micro-batch's sample losses (n,) to its rows (n, ...); it may use `features`.
+        """
+        position, was_training = self.step.position, model.training
+        model.eval()
+        rows = []
+        try:
+            for micro_step, batch in enumerate(self.step.batches):
+                self.step.position = micro_step
+                inputs = self._prepare_inputs(dict(batch))
+                with torch.no_grad(), self.compute_loss_context_manager(), self._capturing(self.component):
+                    tokens = self._losses_from_logits(model, inputs, self.step.meta)
+                losses = self._micro_step(tokens, self.step.meta, self.component).sample_losses
+                rows.append(self.gather_samples(signal(losses)))
+        finally:
+            self.step.position = position
+            model.train(was_training)
+        return torch.cat(rows)
+
+    def encode(self, dataset: Any, pooling: str, max_rows: int | None = None) -> torch.Tensor:
+        """Mean unit feature (D,) of a data set's rows under the current model, in evaluation mode, shared out over the ranks."""
+        return encode_rows(self, hosts.causal_lm(self), dataset, pooling, max_rows)
+
+    def record_weights(self, weights: torch.Tensor, losses: torch.Tensor) -> None:
+        """Count detached `weights` and `losses` (n,) of the micro-batch for the next log line."""
+        meta = self.step.meta
+        self.metrics.add(weights, losses, meta.domain_ids, meta.num_without_targets)

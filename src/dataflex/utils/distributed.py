@@ -1,0 +1,57 @@
+"""The few collectives DataFlex needs. Each is the identity in a single process; every rank must call it."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+
+def world_size() -> int:
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def rank() -> int:
+    return dist.get_rank() if world_size() > 1 else 0
+
+
+@lru_cache(maxsize=1)
+def _cpu_group() -> Any:
+    """A gloo group: counts and metrics travel between CPUs, so that no GPU stream has to be waited for."""
+    return dist.new_group(backend="gloo") if dist.get_backend() != "gloo" else dist.group.WORLD
+
+
+def gather_rows(row: torch.Tensor) -> torch.Tensor:
+    """Stack one equally shaped CPU tensor per rank: shape (world, *row.shape), in rank order."""
+    if world_size() == 1:
+        return row[None]
+    rows = [torch.empty_like(row) for _ in range(world_size())]
+    dist.all_gather(rows, row.contiguous(), group=_cpu_group())
+    return torch.stack(rows)
+
+
+def gather_ragged(part: torch.Tensor, lengths: list[int]) -> torch.Tensor:
+    """Concatenate the ranks' parts along dimension 0, in rank order.
+
+    Args:
+        part: this rank's rows, shape (lengths[rank], ...).
+        lengths: number of rows on every rank, known beforehand, so nothing has to be synchronised.
+    """
+    if world_size() == 1:
+        return part
+    padded = part.new_zeros((max(lengths), *part.shape[1:]))
+    padded[: len(part)] = part
+    parts = [torch.empty_like(padded) for _ in lengths]
+    dist.all_gather(parts, padded)
+    return torch.cat([rows[:length] for rows, length in zip(parts, lengths, strict=True)])
+
+
+def sum_over_ranks(value: torch.Tensor) -> torch.Tensor:
+    """The sum of `value` over all ranks, in rank order and therefore the same bits everywhere."""
+    if world_size() == 1:
+        return value
+    parts = [torch.empty_like(value) for _ in range(world_size())]
+    dist.all_gather(parts, value.contiguous())
+    return torch.stack(parts).sum(0)
