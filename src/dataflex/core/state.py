@@ -52,10 +52,13 @@ def load_state(checkpoint: str | Path) -> tuple[dict[str, Any], dict[str, torch.
     return state, load(data)
 
 
-def newest_complete_checkpoint(output_dir: str | Path) -> tuple[Path | None, list[str]]:
+def newest_complete_checkpoint(output_dir: str | Path, *, with_state: bool = True) -> tuple[Path | None, list[str]]:
     """The newest checkpoint that can be resumed, and why newer ones were passed over.
 
     The Trainer's own search takes the highest number even when a killed process left it half-written.
+
+    Args:
+        with_state: whether it must hold DataFlex's state, which a static run does not write.
     """
     found = [path for path in Path(output_dir).glob("checkpoint-*") if path.name.removeprefix("checkpoint-").isdigit()]
     skipped = []
@@ -63,7 +66,8 @@ def newest_complete_checkpoint(output_dir: str | Path) -> tuple[Path | None, lis
         try:
             if not (path / "trainer_state.json").is_file():
                 raise ResumeError(f"{path} is incomplete (no trainer_state.json)")
-            load_state(path)
+            if with_state:
+                load_state(path)
         except ResumeError as error:
             skipped.append(str(error))
             continue

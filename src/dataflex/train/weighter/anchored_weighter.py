@@ -7,6 +7,7 @@ Cost: one forward pass over the evaluation rows every `refresh_steps` optimizer 
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from typing import Annotated, Any
 
 import torch
@@ -43,6 +44,11 @@ class AnchoredWeighter(PopulationWeighter):
         self.refresh_steps, self.max_anchors, self.pooling = refresh_steps, max_anchors, pooling
         self.target: torch.Tensor | None = None
         self.refreshed_at = -1
+
+    @classmethod
+    def costs(cls, params: Mapping[str, Any]) -> list[str]:
+        rows = params.get("max_anchors") or "all"
+        return [f"a forward pass over {rows} evaluation rows every {params.get('refresh_steps', 50)} optimizer steps", *super().costs(params)]
 
     def begin_step(self, ctx: Any, model: nn.Module) -> None:
         step = ctx.state.global_step

@@ -10,6 +10,7 @@ Three ways to write one, from the least to the most control over the loss:
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from typing import Any, Literal
 
 import torch
@@ -108,6 +109,11 @@ class Weighter(ABC):
     def end_step(self, ctx: Any) -> None:
         """Called after the last micro-batch of every weighted optimizer step, on all ranks."""
 
+    @classmethod
+    def costs(cls, params: Mapping[str, Any]) -> list[str]:
+        """What the method costs beyond ordinary training with these parameters, as `dataflex-cli validate` prints it."""
+        return []
+
     def state_dict(self) -> dict[str, Any]:
         """What must survive in a checkpoint: tensors and JSON values, equal on all ranks."""
         return {}
@@ -158,6 +164,11 @@ class PopulationWeighter(SampleWeighter):
         super().__init__(**kwargs)
         self.scope = scope
         self._window: torch.Tensor | None = None
+
+    @classmethod
+    def costs(cls, params: Mapping[str, Any]) -> list[str]:
+        window = params.get("scope") == "window"
+        return ["a forward pass without gradient over every optimizer step that has several micro-batches (scope: window)"] if window else []
 
     @abstractmethod
     def signal(self, losses: torch.Tensor, *, ctx: Any) -> torch.Tensor:

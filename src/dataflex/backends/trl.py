@@ -1,0 +1,199 @@
+"""The light backend: TRL's SFTTrainer from LLaMA-Factory's keys. `trl_checks.py` finds problems beforehand; `train` runs."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import TYPE_CHECKING, Any
+
+from dataflex.backends.data import DatasetSpec, Encoded, encode_sft, encode_text
+from dataflex.backends.options import TrlOptions
+from dataflex.backends.templates import resolve_template
+from dataflex.backends.trl_checks import Checked, model_path
+from dataflex.configs.loading import RunFile
+from dataflex.core.state import newest_complete_checkpoint
+from dataflex.errors import ConfigError, Problem, ResumeError
+from dataflex.utils.logging import logger
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from transformers import PreTrainedTokenizerBase
+    from trl import SFTConfig
+
+
+
+def training_arguments(keys: dict[str, Any], options: TrlOptions | None, run: RunFile) -> SFTConfig:
+    """SFTConfig from the user's keys. Fields the user left out have the defaults of `TrainingArguments`, not TRL's."""
+    from transformers import TrainingArguments
+    from trl import SFTConfig
+
+    ours = {field.name: field.default for field in dataclasses.fields(TrainingArguments)}
+    trl_defaults = {field.name: field.default for field in dataclasses.fields(SFTConfig)}
+    values = {name: default for name, default in ours.items() if default != trl_defaults[name] and default is not dataclasses.MISSING}
+    values |= {key: "no" if value is False and key.endswith("_strategy") else value for key, value in keys.items()}
+    if "save_strategy" not in keys and "save_steps" not in keys and "save_total_limit" not in keys:
+        values.setdefault("save_strategy", "steps")
+    if options is None:
+        return SFTConfig(**{**values, "gradient_checkpointing": False})
+    if options.warmup_ratio is not None:
+        values["warmup_steps"] = options.warmup_ratio  # transformers 5 reads a value below 1 as a ratio
+    if "gradient_checkpointing" not in keys:
+        values["gradient_checkpointing"] = not options.disable_gradient_checkpointing
+    if run.dataflex.train_step:
+        values["max_steps"] = run.dataflex.train_step
+    packing = options.stage == "sft" and bool(options.packing or options.neat_packing)
+    return SFTConfig(**values, max_length=options.cutoff_len, packing=packing, dataset_kwargs={"skip_prepare_dataset": not packing})
+
+
+def train(run: RunFile, prepared: Checked) -> None:
+    """Train, evaluate and write everything into `output_dir`."""
+    from transformers import set_seed
+
+    from dataflex.backends.outputs import finish, start_output_dir
+
+    options = prepared.options
+    args = training_arguments(prepared.trainer_keys, options, run)
+    tokenizer = load_tokenizer(options, run)
+    train_data, eval_data = load_data(prepared, tokenizer, args.seed)
+    if args.process_index == 0:
+        start_output_dir(run, str(args.output_dir), seed=args.seed, overwrite=options.overwrite_output_dir)
+    set_seed(args.seed)
+    trainer = make_trainer(run, options, args, tokenizer, train_data, eval_data)
+    result = trainer.train(resume_from_checkpoint=_checkpoint(args, static=run.dataflex.train_type == "static"))
+    finish(trainer, result, plot=options.plot_loss)
+
+
+def make_trainer(run: RunFile, options: TrlOptions, args: SFTConfig, tokenizer: Any, train_data: Encoded, eval_data: Any) -> Any:
+    """TRL's SFTTrainer, with DataFlex in front unless the training is static."""
+    from transformers import EarlyStoppingCallback
+    from trl import SFTTrainer
+
+    from dataflex.train.trainer.weight_trainer import WeightTrainer
+
+    peft_config = _lora_config(options) if options.finetuning_type == "lora" and not options.adapter_name_or_path else None
+    common: dict[str, Any] = {
+        "model": load_model(options, args, run, tokenizer),
+        "args": args,
+        "train_dataset": train_data.dataset,
+        "eval_dataset": eval_data,
+        "processing_class": tokenizer,
+        "peft_config": peft_config,
+        "callbacks": [EarlyStoppingCallback(options.early_stopping_steps)] if options.early_stopping_steps else None,
+    }
+    if run.dataflex.train_type == "static":
+        return SFTTrainer(**common)
+    return WeightTrainer.over(SFTTrainer)(**common, dataflex=run.dataflex, domain_names=train_data.names)
+
+
+def load_tokenizer(options: TrlOptions, run: RunFile) -> PreTrainedTokenizerBase:
+    from transformers import AutoTokenizer
+
+    name = model_path(options.model_name_or_path, run)
+    tokenizer = AutoTokenizer.from_pretrained(
+        name, trust_remote_code=options.trust_remote_code, revision=options.model_revision, cache_dir=options.cache_dir
+    )
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    if options.stage == "sft":
+        tokenizer.chat_template = resolve_template(options.template, tokenizer.chat_template, run.folder)
+    return tokenizer
+
+
+def load_model(options: TrlOptions, args: SFTConfig, run: RunFile, tokenizer: Any) -> Any:
+    """The model, with an adapter or with frozen layers as `finetuning_type` says; LoRA itself is added by the trainer."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    name = model_path(options.model_name_or_path, run)
+    half = options.finetuning_type == "lora" and args.bf16
+    dtype = getattr(torch, options.dtype) if options.dtype != "auto" else torch.bfloat16 if half else torch.float32
+    attention = {"auto": None, "disabled": "eager", "sdpa": "sdpa", "fa2": "flash_attention_2", "fa3": "flash_attention_3"}[options.flash_attn]
+    source = {"trust_remote_code": options.trust_remote_code, "revision": options.model_revision, "cache_dir": options.cache_dir}
+    extra = {} if attention is None else {"attn_implementation": attention}
+    if options.train_from_scratch:
+        config = AutoConfig.from_pretrained(name, **source)
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=options.trust_remote_code, **extra)
+    else:
+        model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, **source, **extra)
+    if len(tokenizer) > model.get_input_embeddings().weight.shape[0]:
+        model.resize_token_embeddings(len(tokenizer))
+    if options.adapter_name_or_path:
+        from peft import PeftModel
+
+        model = PeftModel.from_pretrained(model, options.adapter_name_or_path, is_trainable=True)
+    if options.finetuning_type == "freeze":
+        _freeze(model, options)
+    return model
+
+
+def _lora_config(options: TrlOptions) -> Any:
+    from peft import LoraConfig
+
+    return LoraConfig(
+        task_type="CAUSAL_LM",
+        r=options.lora_rank,
+        lora_alpha=options.lora_alpha or 2 * options.lora_rank,
+        lora_dropout=options.lora_dropout,
+        target_modules="all-linear" if options.lora_target == ["all"] else options.lora_target,
+        modules_to_save=options.additional_target or None,
+        use_rslora=options.use_rslora,
+        use_dora=options.use_dora,
+    )
+
+
+def _freeze(model: Any, options: TrlOptions) -> None:
+    """Train the last (or first) layers and the named modules only."""
+    number, total = options.freeze_trainable_layers, model.config.get_text_config().num_hidden_layers
+    if number == 0 or abs(number) > total:
+        raise ConfigError(Problem("", "freeze_trainable_layers", f"{number} is not valid: the model has {total} layers"))
+    chosen = range(total - number, total) if number > 0 else range(-number)
+    wanted = [f".layers.{layer}." for layer in chosen] + [f".h.{layer}." for layer in chosen]
+    for name, parameter in model.named_parameters():
+        extra = any(module in name.split(".") for module in options.freeze_extra_modules)
+        parameter.requires_grad_(extra or any(part in f".{name}" for part in wanted))
+
+
+def load_data(prepared: Checked, tokenizer: Any, seed: int) -> tuple[Encoded, Any]:
+    """Tokenised training data, and evaluation data: one data set, one per name, or None."""
+    options = prepared.options
+    data = _encode(prepared.train, options, tokenizer)
+    if options.val_size:
+        return _split(data, options.val_size, seed)
+    if not prepared.evaluation:
+        return data, None
+    if options.eval_on_each_dataset:
+        return data, {spec.name: _encode([spec], options, tokenizer).dataset for spec in prepared.evaluation}
+    return data, _encode(prepared.evaluation, options, tokenizer).dataset
+
+
+def _encode(specs: list[DatasetSpec], options: TrlOptions, tokenizer: Any) -> Encoded:
+    common = {"cutoff_len": options.cutoff_len, "max_samples": options.max_samples, "num_proc": options.preprocessing_num_workers}
+    if options.stage == "pt":
+        encoded = encode_text(specs, tokenizer, pack=options.packing is not False, **common)
+    else:
+        masking = {"train_on_prompt": options.train_on_prompt, "mask_history": options.mask_history, "default_system": options.default_system}
+        encoded = encode_sft(specs, tokenizer, **masking, **common)
+    for reason, number in encoded.dropped.items():
+        logger.warning("%d rows of %s left out: %s", number, ", ".join(encoded.names), reason)
+    return encoded
+
+
+def _split(data: Encoded, val_size: float, seed: int) -> tuple[Encoded, Dataset]:
+    rows = len(data.dataset)
+    number = int(val_size) if val_size >= 1 else round(rows * val_size)
+    if not 0 < number < rows:
+        raise ConfigError(Problem("", "val_size", f"{val_size} takes {number} of {rows} rows; at least one must remain on either side"))
+    parts = data.dataset.train_test_split(test_size=number, seed=seed)
+    return dataclasses.replace(data, dataset=parts["train"]), parts["test"]
+
+
+def _checkpoint(args: SFTConfig, *, static: bool) -> str | bool | None:
+    """What to resume from. DataFlex's trainers find the newest complete checkpoint themselves; for a static run it is found here."""
+    value: Any = args.resume_from_checkpoint
+    if isinstance(value, str) and value.lower() in ("true", "false"):
+        value = value.lower() == "true"
+    if value is not True or not static:
+        return value
+    found, _ = newest_complete_checkpoint(args.output_dir, with_state=False)
+    if found is None:
+        raise ResumeError(f"resume_from_checkpoint: true, but {args.output_dir} holds no checkpoint that can be resumed")
+    return str(found)

@@ -1,0 +1,121 @@
+"""`dataflex-cli`. Heavy modules are imported inside the commands, so that `--help` answers at once."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+from typing import Annotated, Any
+
+import typer
+
+from dataflex import __version__
+from dataflex.errors import ConfigError, DataflexError
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    help="Optimise the data while the model trains. Start with: dataflex-cli train config.yaml",
+)
+
+Config = Annotated[str, typer.Argument(help="YAML file with the settings.")]
+Overrides = Annotated[list[str] | None, typer.Argument(metavar="[key=value]...", help="Settings that replace those of the file.")]
+Debug = Annotated[bool, typer.Option("--debug", help="Show a traceback with an error.")]
+
+
+@app.command()
+def train(config: Config, overrides: Overrides = None, debug: Debug = False) -> None:
+    """Train as a YAML file says."""
+    _guarded(lambda: _train(config, overrides or []), debug)
+
+
+@app.command()
+def validate(config: Config, overrides: Overrides = None, debug: Debug = False) -> None:
+    """Check a YAML file and print what it would do, without loading the model or writing anything."""
+    _guarded(lambda: _validate(config, overrides or []), debug)
+
+
+@app.command()
+def components(
+    components_cfg_file: Annotated[str | None, typer.Option(help="Components file to read parameters from.")] = None,
+    plugins: Annotated[list[str] | None, typer.Option("--plugin", help="Python file or module with components of your own.")] = None,
+    debug: Debug = False,
+) -> None:
+    """List the algorithms with their parameters, defaults and needs."""
+    from dataflex.cli.tables import print_components
+
+    _guarded(lambda: print_components(components_cfg_file, plugins or []), debug)
+
+
+@app.command()
+def version() -> None:
+    """Print the version."""
+    typer.echo(f"dataflex {__version__}")
+
+
+@app.command()
+def env() -> None:
+    """Print what a bug report should contain."""
+    from dataflex.cli.tables import print_environment
+
+    print_environment()
+
+
+@app.command()
+def reference() -> None:
+    """Print every key of a training file, in Markdown."""
+    from dataflex.cli.tables import reference_page
+
+    typer.echo(reference_page(), nl=False)
+
+
+def _train(config: str, overrides: list[str]) -> None:
+    from dataflex.cli.launch import launch, should_launch
+    from dataflex.cli.plan import check_run
+
+    if should_launch():
+        check_run(config, overrides)  # a mistake is reported once, by this process
+        raise typer.Exit(launch(["train", config, *overrides]))
+    from dataflex.backends import trl
+    from dataflex.utils.logging import show_logs
+
+    show_logs()
+    run, checked = check_run(config, overrides)
+    from dataflex.utils.logging import logger
+
+    for note in checked.notes:
+        logger.warning(note)
+    trl.train(run, checked)
+
+
+def _validate(config: str, overrides: list[str]) -> None:
+    from dataflex.cli.plan import check_run, plan
+    from dataflex.cli.tables import print_plan
+
+    print_plan(plan(*check_run(config, overrides)))
+
+
+def _guarded(action: Callable[[], Any], debug: bool) -> None:
+    """Run a command; errors that DataFlex raises on purpose are printed without a traceback, and the exit code is 2."""
+    try:
+        action()
+    except DataflexError as error:
+        if debug:
+            raise
+        if os.environ.get("RANK", "0") == "0":
+            _print_error(error)
+        sys.exit(2)
+
+
+def _print_error(error: DataflexError) -> None:
+    problems = error.problems if isinstance(error, ConfigError) else [error]
+    if len(problems) > 1:
+        typer.echo(f"dataflex-cli: {len(problems)} problems", err=True)
+    for problem in problems:
+        typer.echo(f"{'  ' if len(problems) > 1 else 'dataflex-cli: '}{problem}", err=True)
+
+
+def main() -> None:
+    """Entry point of `dataflex-cli`."""
+    app()
