@@ -19,6 +19,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from dataflex import WeightTrainer
 from dataflex.testing.distributed import run_distributed
+from dataflex.utils.distributed import leave
 from dataflex.testing.tiny import pad_collator, tiny_model, tiny_rows, tiny_tokenizer
 
 DEFAULTS: dict[str, Any] = {
@@ -43,6 +44,7 @@ DEFAULTS: dict[str, Any] = {
     "stop_at": None,  # leave the loop after this optimizer step
     "model": {},
     "domains": 0,
+    "double": False,  # model in float64
 }
 
 
@@ -98,6 +100,7 @@ def make_trainer(spec: dict[str, Any], out: str):
         **spec["args"],
     }
     model = tiny_model(attention_dropout=spec["dropout"], **spec["model"])
+    model = model.double() if spec["double"] else model
     base: Any = Trainer
     kwargs: dict[str, Any] = {"model": model, "train_dataset": train, "eval_dataset": evaluation}
     if spec["host"] == "sft":
@@ -105,7 +108,7 @@ def make_trainer(spec: dict[str, Any], out: str):
 
         base = SFTTrainer
         packing = {"packing": spec["packing"] == "packing", "padding_free": spec["packing"] == "padding_free"}
-        kwargs["args"] = SFTConfig(**common, **packing, max_length=48, dataset_kwargs={"skip_prepare_dataset": spec["packing"] != "packing"})
+        kwargs["args"] = SFTConfig(**common, **packing, max_length=None if spec["packing"] == "padding_free" else 48, dataset_kwargs={"skip_prepare_dataset": spec["packing"] != "packing"})
         kwargs["processing_class"] = tiny_tokenizer()
     else:
         kwargs["args"] = TrainingArguments(**common)
@@ -184,3 +187,4 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     described = json.loads(Path(sys.argv[1]).read_text())
     train(described, described.pop("out"))
+    leave()

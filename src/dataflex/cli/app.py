@@ -78,15 +78,15 @@ def _train(config: str, overrides: list[str]) -> None:
         check_run(config, overrides)  # a mistake is reported once, by this process
         raise typer.Exit(launch(["train", config, *overrides]))
     from dataflex.backends import trl
-    from dataflex.utils.logging import show_logs
+    from dataflex.utils.distributed import leave
+    from dataflex.utils.logging import logger, show_logs
 
     show_logs()
     run, checked = check_run(config, overrides)
-    from dataflex.utils.logging import logger
-
     for note in checked.notes:
         logger.warning(note)
     trl.train(run, checked)
+    leave()
 
 
 def _validate(config: str, overrides: list[str]) -> None:

@@ -17,6 +17,13 @@ def rank() -> int:
     return dist.get_rank() if world_size() > 1 else 0
 
 
+def leave() -> None:
+    """Take down the process group at the end of a program; a rank that just exits can abort while another is still writing."""
+    if world_size() > 1:
+        dist.barrier()
+        dist.destroy_process_group()
+
+
 @lru_cache(maxsize=1)
 def _cpu_group() -> Any:
     """A gloo group: counts and metrics travel between CPUs, so that no GPU stream has to be waited for."""

@@ -22,17 +22,17 @@ _CHUNK_BYTES = 2**25
 
 
 class _TargetCrossEntropy(torch.autograd.Function):
-    """Cross-entropy (N,) in fp32 of logits (N, V) that only this function uses: the backward pass turns them into their gradient in place.
+    """Cross-entropy (N,), in fp32 at least, of logits (N, V) that only this function uses: the backward pass turns them into their gradient in place.
 
     Beside the logits nothing of size N * V is kept, where `F.cross_entropy` holds the log-softmax and the gradient too.
     """
 
     @staticmethod
     def forward(ctx: Any, logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        losses = torch.empty(len(targets), dtype=torch.float32, device=logits.device)
+        losses = torch.empty(len(targets), dtype=at_least_fp32(logits[:0]).dtype, device=logits.device)
         normalizer = torch.empty_like(losses)
         for part in _chunks(logits):
-            x = logits[part].float()
+            x = at_least_fp32(logits[part])
             normalizer[part] = torch.logsumexp(x, 1)
             losses[part] = normalizer[part] - x.gather(1, targets[part, None])[:, 0]
         ctx.save_for_backward(logits, targets, normalizer)
@@ -43,11 +43,16 @@ class _TargetCrossEntropy(torch.autograd.Function):
         logits, targets, normalizer = ctx.saved_tensors
         for part in _chunks(logits):
             g = grad[part, None]
-            p = logits[part].float().sub_(normalizer[part, None]).exp_()  # in place for fp32 logits
+            p = at_least_fp32(logits[part]).sub_(normalizer[part, None]).exp_()  # in place for fp32 logits
             p.scatter_add_(1, targets[part, None], torch.full_like(g, -1.0))
             p.mul_(g).masked_fill_(g == 0, 0.0)  # a sample of weight 0 adds nothing, also when its loss is not finite
             logits[part] = p
         return logits, None
+
+
+def at_least_fp32(x: torch.Tensor) -> torch.Tensor:
+    """bf16 losses near 1.3 lie on a grid of 0.008: ties everywhere. fp64 stays, for tests that want to see more digits."""
+    return x if x.dtype == torch.float64 else x.float()
 
 
 def _chunks(logits: torch.Tensor) -> Iterator[slice]:
@@ -63,7 +68,7 @@ def per_sample_loss_from_logits(logits: torch.Tensor, labels: torch.Tensor, igno
         labels: (B, L), not shifted.
     """
     shifted = F.pad(labels, (0, 1), value=ignore_index)[:, 1:]
-    tokens = F.cross_entropy(logits.float().flatten(0, 1), shifted.flatten(), ignore_index=ignore_index, reduction="none").view_as(shifted)
+    tokens = F.cross_entropy(at_least_fp32(logits).flatten(0, 1), shifted.flatten(), ignore_index=ignore_index, reduction="none").view_as(shifted)
     return tokens.sum(1) / (shifted != ignore_index).sum(1).clamp(min=1)
 
 
@@ -141,7 +146,7 @@ class MicroStep:
         """sum_i w_i l_i / M over the step's M samples, or with `per_token` sum_i w_i T_i l_i / sum_i T_i; `weights` (n,) detached."""
         if not self.per_token:
             # Exactly 1 when all samples are equally long, so that equal weights then give the host's very bits.
-            weights = weights * (self.mean_tokens / self.meta.counts.double()).float().to(weights.device, non_blocking=True)
+            weights = weights * (self.mean_tokens / self.meta.counts.double()).to(weights, non_blocking=True)
         return self.weight_tokens(weights.repeat_interleave(self._counts, output_size=self.meta.num_targets))
 
     def weight_tokens(self, weights: torch.Tensor) -> torch.Tensor:
@@ -187,13 +192,13 @@ def losses_from_logits(
     auxiliary = None if auxiliary is None or not router_coefficient else router_coefficient * auxiliary
     if projected:
         values = (
-            F.cross_entropy(logits[0].float(), targets, label_smoothing=smoothing, reduction="none")
+            F.cross_entropy(at_least_fp32(logits[0]), targets, label_smoothing=smoothing, reduction="none")
             if smoothing
             else _TargetCrossEntropy.apply(logits[0], targets)
         )
         return TokenLosses(values, torch.arange(meta.num_targets, device=device), auxiliary=auxiliary)
     labels, index = _full_labels(logits, meta, targets)
-    values = F.cross_entropy(logits.float().flatten(0, 1), labels, reduction="none", label_smoothing=smoothing)
+    values = F.cross_entropy(at_least_fp32(logits).flatten(0, 1), labels, reduction="none", label_smoothing=smoothing)
     return TokenLosses(values, index, total=lambda summands: _sum_as_cross_entropy(summands, labels), auxiliary=auxiliary)
 
 

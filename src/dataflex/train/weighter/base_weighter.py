@@ -101,7 +101,7 @@ class Weighter(ABC):
 
     def plain_loss(self, micro: MicroStep) -> torch.Tensor:
         """What `weighted_loss` gives when every weight is 1."""
-        return micro.weight_samples(torch.ones_like(micro.meta.counts, dtype=torch.float32, device=micro.tokens.values.device))
+        return micro.weight_samples(micro.tokens.values.new_ones(micro.meta.num_samples))
 
     def begin_step(self, ctx: Any, model: nn.Module) -> None:
         """Called before the first micro-batch of every weighted optimizer step, on all ranks."""
@@ -148,7 +148,7 @@ class SampleWeighter(Weighter):
         weights = self.sample_weights(losses, ctx=ctx, model=model, inputs=inputs)
         if weights.shape != losses.shape:
             raise ComponentError(f"{type(self).__name__}.sample_weights must return one weight per sample {tuple(losses.shape)}, not {tuple(weights.shape)}")
-        weights = torch.where(torch.isfinite(losses), weights.detach().float(), torch.zeros_like(losses))
+        weights = torch.where(torch.isfinite(losses), weights.detach().to(losses), torch.zeros_like(losses))
         ctx.record_weights(weights, losses)
         return micro.weight_samples(weights)
 
