@@ -19,8 +19,8 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from dataflex import WeightTrainer
 from dataflex.testing.distributed import run_distributed
-from dataflex.utils.distributed import leave
 from dataflex.testing.tiny import pad_collator, tiny_model, tiny_rows, tiny_tokenizer
+from dataflex.utils.distributed import leave
 
 DEFAULTS: dict[str, Any] = {
     "host": "trainer",  # or "sft"
@@ -108,7 +108,12 @@ def make_trainer(spec: dict[str, Any], out: str):
 
         base = SFTTrainer
         packing = {"packing": spec["packing"] == "packing", "padding_free": spec["packing"] == "padding_free"}
-        kwargs["args"] = SFTConfig(**common, **packing, max_length=None if spec["packing"] == "padding_free" else 48, dataset_kwargs={"skip_prepare_dataset": spec["packing"] != "packing"})
+        kwargs["args"] = SFTConfig(
+            **common,
+            **packing,
+            max_length=None if spec["packing"] == "padding_free" else 48,
+            dataset_kwargs={"skip_prepare_dataset": spec["packing"] != "packing"},
+        )
         kwargs["processing_class"] = tiny_tokenizer()
     else:
         kwargs["args"] = TrainingArguments(**common)

@@ -28,7 +28,9 @@ class TrlOptions(BaseModel):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto", description="Type of the weights. `auto`: bfloat16 for LoRA with `bf16: true`, else float32."
     )
-    flash_attn: Literal["auto", "disabled", "sdpa", "fa2", "fa3"] = Field("auto", description="Attention implementation; `auto` is the model's default.")
+    flash_attn: Literal["auto", "disabled", "sdpa", "fa2", "fa3"] = Field(
+        "auto", description="Attention implementation; `auto` is the model's default."
+    )
     train_from_scratch: bool = Field(False, description="Random weights from the model's configuration.")
 
     stage: Literal["sft", "pt"] = Field("sft", description="`sft`: instructions, loss on the answers; `pt`: plain text.")

@@ -48,7 +48,9 @@ def start_output_dir(run: RunFile, output_dir: str, *, seed: int, overwrite: boo
         "versions": library_versions(),
     }
     text = yaml.safe_dump({**settings, METADATA_KEY: metadata}, sort_keys=False, allow_unicode=True)
-    write_text_atomically(folder / "dataflex" / "run.yaml", f"# Run it again with: dataflex-cli train {folder}/dataflex/run.yaml output_dir=...\n{text}")
+    write_text_atomically(
+        folder / "dataflex" / "run.yaml", f"# Run it again with: dataflex-cli train {folder}/dataflex/run.yaml output_dir=...\n{text}"
+    )
 
 
 def finish(trainer: Any, result: Any, *, plot: bool) -> None:

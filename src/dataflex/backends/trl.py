@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     from trl import SFTConfig
 
 
-
 def training_arguments(keys: dict[str, Any], options: TrlOptions | None, run: RunFile) -> SFTConfig:
     """SFTConfig from the user's keys. Fields the user left out have the defaults of `TrainingArguments`, not TRL's."""
     from transformers import TrainingArguments
@@ -166,11 +165,15 @@ def load_data(prepared: Checked, tokenizer: Any, seed: int) -> tuple[Encoded, An
 
 
 def _encode(specs: list[DatasetSpec], options: TrlOptions, tokenizer: Any) -> Encoded:
-    common = {"cutoff_len": options.cutoff_len, "max_samples": options.max_samples, "num_proc": options.preprocessing_num_workers}
+    common: dict[str, Any] = {"cutoff_len": options.cutoff_len, "max_samples": options.max_samples, "num_proc": options.preprocessing_num_workers}
     if options.stage == "pt":
         encoded = encode_text(specs, tokenizer, pack=options.packing is not False, **common)
     else:
-        masking = {"train_on_prompt": options.train_on_prompt, "mask_history": options.mask_history, "default_system": options.default_system}
+        masking: dict[str, Any] = {
+            "train_on_prompt": options.train_on_prompt,
+            "mask_history": options.mask_history,
+            "default_system": options.default_system,
+        }
         encoded = encode_sft(specs, tokenizer, **masking, **common)
     for reason, number in encoded.dropped.items():
         logger.warning("%d rows of %s left out: %s", number, ", ".join(encoded.names), reason)
@@ -193,7 +196,7 @@ def _checkpoint(args: SFTConfig, *, static: bool) -> str | bool | None:
         value = value.lower() == "true"
     if value is not True or not static:
         return value
-    found, _ = newest_complete_checkpoint(args.output_dir, with_state=False)
+    found, _ = newest_complete_checkpoint(str(args.output_dir), with_state=False)
     if found is None:
         raise ResumeError(f"resume_from_checkpoint: true, but {args.output_dir} holds no checkpoint that can be resumed")
     return str(found)

@@ -196,7 +196,10 @@ def _check_output_dir(options: TrlOptions, keys: dict[str, Any], run: RunFile) -
     resume = keys.get("resume_from_checkpoint")
     holds_run = folder.is_dir() and (any(folder.glob("checkpoint-*")) or (folder / "dataflex").exists() or (folder / "trainer_state.json").exists())
     if holds_run and not resume and not options.overwrite_output_dir:
-        run.add("output_dir", f"'{folder}' already holds a run. Resume it with resume_from_checkpoint: true, start anew with overwrite_output_dir: true, or choose another")
+        run.add(
+            "output_dir",
+            f"'{folder}' already holds a run. Resume it with resume_from_checkpoint: true, start anew with overwrite_output_dir: true, or use another",
+        )
     if isinstance(resume, str) and resume.lower() not in ("true", "false") and not (Path(resume) / "trainer_state.json").is_file():
         run.add("resume_from_checkpoint", f"'{resume}' is not a complete checkpoint (no trainer_state.json)")
     if resume and options.overwrite_output_dir:

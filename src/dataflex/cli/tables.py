@@ -92,7 +92,7 @@ def reference_page() -> str:
     parts.append("## Model and data (backend trl)\n\n" + _key_table(TrlOptions))
     parts.append(
         "## The Trainer's keys\n\nEvery field of `transformers.TrainingArguments` (`learning_rate`, `num_train_epochs`, `save_steps`, `report_to`, ...) "
-        "with its own default, and TRL's `packing_strategy`, `router_aux_loss_coef` and `activation_offloading`. `output_dir` is required.\n"
+        "with its own default, and TRL's `packing_strategy` and `activation_offloading`. `output_dir` is required.\n"
     )
     rows = [f"| `{key}` | {reason} |" for key, reason in sorted(WITHOUT_EFFECT.items())]
     parts.append("## LLaMA-Factory keys without effect\n\n| key | why |\n| --- | --- |\n" + "\n".join(rows) + "\n")
@@ -105,7 +105,7 @@ def reference_page() -> str:
 def _key_table(model: type[BaseModel]) -> str:
     rows = ["| key | type | default | meaning |", "| --- | --- | --- | --- |"]
     for name, field in model.model_fields.items():
-        default = "required" if field.is_required() else field.get_default(call_default_factory=True)  # type: ignore[call-arg]
+        default = "required" if field.is_required() else field.get_default(call_default_factory=True)
         kind = type_name(typing.Annotated[field.annotation, *field.metadata] if field.metadata else field.annotation)
         rows.append(_row(f"`{name}`", kind, "" if default in (None, "", [], {}) else f"`{default}`", str(field.description)))
     return "\n".join(rows) + "\n"

@@ -44,7 +44,9 @@ def component_params(kind: str, name: str, path: str, base: Path | None = None, 
     buckets = [*COMPONENT_BUCKETS.values(), "reorderers", "pipelines"]
     unknown = [key for key in content if key not in buckets]
     if unknown:
-        raise ConfigError([Problem(str(file), key, f"is not a kind of component.{nearest(key, buckets)} Allowed: {listing(buckets)}") for key in unknown])
+        raise ConfigError(
+            [Problem(str(file), key, f"is not a kind of component.{nearest(key, buckets)} Allowed: {listing(buckets)}") for key in unknown]
+        )
     bucket = content.get(bucket_name) or (content.get("reorderers") if kind == "reorder" else None) or {}
     if name not in bucket:
         raise ConfigError(
@@ -53,9 +55,7 @@ def component_params(kind: str, name: str, path: str, base: Path | None = None, 
     entry = bucket[name] or {}
     stray = [key for key in entry if key not in ("name", "params")]
     if stray:
-        raise ConfigError(
-            [Problem(str(file), f"{bucket_name}.{name}.{key}", "is not allowed here; parameters go under 'params'") for key in stray]
-        )
+        raise ConfigError([Problem(str(file), f"{bucket_name}.{name}.{key}", "is not allowed here; parameters go under 'params'") for key in stray])
     params = entry.get("params") or {}
     if not isinstance(params, dict):
         raise ConfigError(Problem(str(file), f"{bucket_name}.{name}.params", f"must be a mapping, not {params!r}"))

@@ -60,9 +60,7 @@ class Registry:
         """The class registered as `name`; an unknown name lists what exists."""
         bucket = self._bucket(kind)
         if name not in bucket:
-            raise ComponentError(
-                f"unknown {kind} '{name}'.{nearest(name, bucket)} Registered: {listing(bucket)} (add one with @register_{kind})"
-            )
+            raise ComponentError(f"unknown {kind} '{name}'.{nearest(name, bucket)} Registered: {listing(bucket)} (add one with @register_{kind})")
         return bucket[name]
 
     def names(self, kind: str) -> list[str]:

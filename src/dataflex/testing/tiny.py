@@ -48,7 +48,9 @@ def tiny_model(seed: int = 0, vocab_size: int = 261, **config: Any) -> LlamaForC
         return LlamaForCausalLM(LlamaConfig(**{**settings, **config}))
 
 
-def tiny_rows(number: int, *, seed: int = 0, lengths: tuple[int, int] = (6, 24), vocab_size: int = 261, masked: float = 0.3) -> list[dict[str, list[int]]]:
+def tiny_rows(
+    number: int, *, seed: int = 0, lengths: tuple[int, int] = (6, 24), vocab_size: int = 261, masked: float = 0.3
+) -> list[dict[str, list[int]]]:
     """Random token rows with labels; the first `masked` share of each row carries none, as a prompt would."""
     generator = torch.Generator().manual_seed(seed)
     rows = []

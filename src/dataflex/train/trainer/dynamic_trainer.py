@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -95,7 +95,7 @@ class DynamicTrainer(Trainer):
     train_type: ClassVar[TrainType]
 
     @classmethod
-    @lru_cache(maxsize=None)
+    @cache
     def over(cls, base: type[Trainer]) -> Any:
         """This mixin in front of `base`, a `transformers.Trainer` subclass."""
         return type(cls.__name__.removesuffix("Trainer") + base.__name__, (cls, base), {"__module__": __name__})
@@ -130,7 +130,7 @@ class DynamicTrainer(Trainer):
         self._batches: Iterator[Any] | None = None
         self.domains = self._read_domains()
         self.metrics = WeightMetrics(domain_names or self._domain_numbers())
-        self.events = EventLog(self.args.output_dir, active=self.accelerator.is_main_process)
+        self.events = EventLog(str(self.args.output_dir), active=self.accelerator.is_main_process)
         self.component, self.component_settings = (component, {}) if component is not None else self._build_component()
 
     # ---------------------------------------------------------------- set-up
@@ -145,7 +145,9 @@ class DynamicTrainer(Trainer):
     def _apply_train_step(self) -> None:
         steps = self.dataflex.train_step
         if steps and self.args.max_steps > 0 and self.args.max_steps != steps:
-            raise ConfigError(Problem("", "train_step", f"is {steps} but max_steps is {self.args.max_steps}; both set the total number of optimizer steps"))
+            raise ConfigError(
+                Problem("", "train_step", f"is {steps} but max_steps is {self.args.max_steps}; both set the total number of optimizer steps")
+            )
         if steps:
             self.args.max_steps = steps
 
@@ -162,14 +164,15 @@ class DynamicTrainer(Trainer):
             "data_collator": self.data_collator,
             "tokenizer": self.processing_class,
             "output_dir": str(self.args.output_dir),
-            "cache_dir": str(Path(self.args.output_dir) / "dataflex" / "cache"),
+            "cache_dir": str(Path(str(self.args.output_dir)) / "dataflex" / "cache"),
             "seed": self.args.seed,
         }
         return REGISTRY.build(kind, config.component_name, runtime=runtime, cfg=params), params
 
     def _read_domains(self) -> np.ndarray | None:
-        columns = getattr(self.train_dataset, "column_names", None) or []
-        return np.asarray(self.train_dataset[DOMAIN_COLUMN], dtype=np.int64) if DOMAIN_COLUMN in columns else None
+        dataset: Any = self.train_dataset
+        columns = getattr(dataset, "column_names", None) or []
+        return np.asarray(dataset[DOMAIN_COLUMN], dtype=np.int64) if DOMAIN_COLUMN in columns else None
 
     def _domain_numbers(self) -> list[str]:
         return [] if self.domains is None or not len(self.domains) else [str(k) for k in range(int(self.domains.max()) + 1)]
@@ -195,7 +198,7 @@ class DynamicTrainer(Trainer):
         workers = self.args.dataloader_num_workers
         self._loader: DataLoader[Any] = DataLoader(
             IndexedRows(loader.dataset),
-            batch_sampler=RankBatches(self._stream, self.accelerator.process_index, world),  # type: ignore[arg-type]
+            batch_sampler=RankBatches(self._stream, self.accelerator.process_index, world),
             collate_fn=MetaCollator(loader.collate_fn, self.domains, self.args.seed),
             num_workers=workers,
             pin_memory=self.args.dataloader_pin_memory and torch.cuda.is_available(),
@@ -275,7 +278,7 @@ class DynamicTrainer(Trainer):
             return None
         if requested is not True:
             return Path(requested)
-        found, skipped = newest_complete_checkpoint(self.args.output_dir)
+        found, skipped = newest_complete_checkpoint(str(self.args.output_dir))
         for reason in skipped:
             logger.warning("not resuming from a newer checkpoint: %s", reason)
         if found is None:
@@ -283,7 +286,9 @@ class DynamicTrainer(Trainer):
         return found
 
     def _settings_for_resume(self, dataset: Any) -> dict[str, Any]:
-        own = self.dataflex.model_dump(include={"train_type", "component_name", "warmup_step", "train_step", "loss_normalization", "project_targets_only"})
+        own = self.dataflex.model_dump(
+            include={"train_type", "component_name", "warmup_step", "train_step", "loss_normalization", "project_targets_only"}
+        )
         course = {name: str(getattr(self.args, name, None)) for name in _COURSE}
         return {
             **own,
@@ -341,4 +346,3 @@ class DynamicTrainer(Trainer):
         if not self.dataflex.allow_changed_resume:
             raise ResumeError(message + ". Set allow_changed_resume: true to resume all the same")
         logger.warning("%s; resuming all the same (allow_changed_resume)", message)
-

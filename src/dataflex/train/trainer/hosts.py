@@ -21,9 +21,13 @@ def unsupported(trainer: Any) -> list[str]:
     """Settings of the host under which per-sample losses or the order of samples would be wrong; empty when all is well."""
     args, reasons = trainer.args, []
     if args.n_gpu > 1:
-        reasons.append("several GPUs in one process (nn.DataParallel): start with torchrun or FORCE_TORCHRUN=1, or show one GPU with CUDA_VISIBLE_DEVICES")
+        reasons.append(
+            "several GPUs in one process (nn.DataParallel): start with torchrun or FORCE_TORCHRUN=1, or show one GPU with CUDA_VISIBLE_DEVICES"
+        )
     if trainer.compute_loss_func is not None:
-        reasons.append("compute_loss_func: it returns one number for the batch, and weighting needs a loss per sample; use a token-gate component such as dft")
+        reasons.append(
+            "compute_loss_func: it returns one number for the batch, and weighting needs a loss per sample; use a token-gate component such as dft"
+        )
     if getattr(args, "loss_type", "nll") == "dft":
         reasons.append("loss_type: dft replaces the loss that is weighted; set loss_type: nll, or use component_name: dft")
     if args.accelerator_config.split_batches:
@@ -31,7 +35,9 @@ def unsupported(trainer: Any) -> list[str]:
     parallelism = getattr(trainer.accelerator, "parallelism_config", None)
     for name in ("tp_enabled", "cp_enabled", "sp_enabled"):
         if getattr(parallelism, name, False):
-            reasons.append(f"{name.removesuffix('_enabled')} parallelism: it splits a sample over ranks, which is not supported yet; use data parallelism")
+            reasons.append(
+                f"{name.removesuffix('_enabled')} parallelism: it splits a sample over ranks, which is not supported yet; use data parallelism"
+            )
     if getattr(args, "train_sampling_strategy", None) == "batch_rebalance":
         reasons.append("train_sampling_strategy: batch_rebalance orders rows by rank; use random or sequential")
     return reasons

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from typing import Any, Iterator
+from typing import Any
 
 import torch
 from torch import nn
@@ -33,7 +33,9 @@ class WeightTrainer(DynamicTrainer):
         super().__init__(*args, **kwargs)
         if self.component.needs_features and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
             name = self.dataflex.component_name
-            raise ConfigError(Problem("", "component_name", f"{name} reads hidden states, which FSDP and DeepSpeed shard; use DDP or another component"))
+            raise ConfigError(
+                Problem("", "component_name", f"{name} reads hidden states, which FSDP and DeepSpeed shard; use DDP or another component")
+            )
         self._active: tuple[Any, bool] | None = None
         self._hidden: list[torch.Tensor] = []
         self._features: torch.Tensor | None = None

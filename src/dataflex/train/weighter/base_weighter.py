@@ -72,7 +72,9 @@ class Weighter(ABC):
             accumulation and ranks, is the trainer's.
         """
 
-    def training_step(self, ctx: Any, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None, use_weighter: bool = False) -> torch.Tensor:
+    def training_step(
+        self, ctx: Any, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None, use_weighter: bool = False
+    ) -> torch.Tensor:
         """Forward pass, losses, weighting and backward pass of one micro-batch; returns the detached loss.
 
         Args:
@@ -147,7 +149,9 @@ class SampleWeighter(Weighter):
         losses = micro.sample_losses.detach()
         weights = self.sample_weights(losses, ctx=ctx, model=model, inputs=inputs)
         if weights.shape != losses.shape:
-            raise ComponentError(f"{type(self).__name__}.sample_weights must return one weight per sample {tuple(losses.shape)}, not {tuple(weights.shape)}")
+            raise ComponentError(
+                f"{type(self).__name__}.sample_weights must return one weight per sample {tuple(losses.shape)}, not {tuple(weights.shape)}"
+            )
         weights = torch.where(torch.isfinite(losses), weights.detach().to(losses), torch.zeros_like(losses))
         ctx.record_weights(weights, losses)
         return micro.weight_samples(weights)
