@@ -26,8 +26,7 @@ finetuning_type: lora
 dataset: mix_c30_train
 eval_dataset: general_valid,math_valid,code_valid
 eval_on_each_dataset: true
-cutoff_len: 160
-max_samples: 2400
+cutoff_len: 128
 train_type: dynamic_weight
 component_name: loss
 component_params: {r: 0.4}
@@ -42,6 +41,7 @@ disable_gradient_checkpointing: true
 report_to: none
 disable_tqdm: true
 """
+EVALUATION_ROWS = 32  # of each set
 EVALUATED = ("general_valid", "math_valid", "code_valid")
 
 
@@ -50,7 +50,6 @@ def run(model: str, data: str, out: Path, arm: str, seed: int, extra: list[str])
     folder = out / f"{arm.replace(': ', '-')}-{seed}"
     if not (folder / "eval_results.json").is_file():
         config = out / "real_run.yaml"
-        out.mkdir(parents=True, exist_ok=True)
         config.write_text(SETTINGS)
         command = [sys.executable, "-m", "dataflex.cli", "train", str(config), f"model_name_or_path={model}", f"dataset_dir={data}"]
         command += [f"output_dir={folder}", "overwrite_output_dir=true", f"seed={seed}", *ARMS[arm], *extra]
@@ -58,6 +57,18 @@ def run(model: str, data: str, out: Path, arm: str, seed: int, extra: list[str])
             subprocess.run(command, check=True, stdout=log, stderr=subprocess.STDOUT)
     results = json.loads((folder / "all_results.json").read_text())
     return {name: results[f"eval_{name}_loss"] for name in EVALUATED} | {"seconds": results["train_runtime"]}
+
+
+def shortened(data: Path, out: Path) -> Path:
+    """A `dataset_dir` with the same data sets, those for evaluation cut to their first rows."""
+    info = json.loads((data / "dataset_info.json").read_text())
+    chosen = {name: {**info[name], "file_name": str((data / info[name]["file_name"]).resolve())} for name in ("mix_c30_train", *EVALUATED)}
+    for name in EVALUATED:
+        chosen[name]["num_samples"] = EVALUATION_ROWS
+    folder = out / "data"
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "dataset_info.json").write_text(json.dumps(chosen))
+    return folder
 
 
 def table(results: dict[str, list[dict[str, float]]]) -> str:
@@ -72,6 +83,7 @@ def table(results: dict[str, list[dict[str, float]]]) -> str:
 
 def main() -> None:
     model, data, out, *rest = sys.argv[1:]
+    data = str(shortened(Path(data), Path(out)))
     seeds = [int(seed) for seed in rest[0].split(",")] if rest else [1, 2]
     results: dict[str, list[dict[str, float]]] = {arm: [] for arm in ARMS}
     for seed in seeds:
