@@ -47,6 +47,8 @@ DEFAULTS: dict[str, Any] = {
     "double": False,  # model in float64
 }
 
+SPEC_EQUAL = {"rows": 16, "lengths": [12, 12], "batch": 4, "accumulation": 2}
+
 
 class Recorder(TrainerCallback):
     """Keeps the gradient of every optimizer step, and kills the process when told to."""
