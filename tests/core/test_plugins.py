@@ -42,7 +42,7 @@ def test_an_entry_point(tmp_path, monkeypatch):
 
 
 def test_a_missing_file_and_a_broken_one(tmp_path):
-    with pytest.raises(ConfigError, match="no file 'gone.py' in"):
+    with pytest.raises(ConfigError, match=r"no file 'gone\.py' in"):
         plugins.load_plugins(["gone.py"], base=tmp_path)
     (tmp_path / "broken.py").write_text("import nothing_of_that_name")
     with pytest.raises(ConfigError, match=r"'broken.py' failed on import: ModuleNotFoundError"):

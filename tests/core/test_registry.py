@@ -78,7 +78,7 @@ def test_unknown_names(registry):
 
 
 def test_a_name_is_registered_once(registry):
-    with pytest.raises(ComponentError, match="weighter.leaf already registered by"):
+    with pytest.raises(ComponentError, match=r"weighter\.leaf already registered by"):
         registry.register("weighter", "leaf")(Middle)
     registry.register("weighter", "leaf")(Leaf)  # the same definition, read again
 

@@ -1,6 +1,7 @@
 """Per-token losses: one forward pass, one cross-entropy, right for every kind of output layer and every layout of a batch."""
 
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ from transformers import (
 )
 
 from dataflex.errors import TrainingError
+from dataflex.testing.distributed import run_distributed
 from dataflex.testing.tiny import pad_collator, tiny_model, tiny_rows
 from dataflex.train.data.sample_meta import build_meta
 from dataflex.train.trainer.token_losses import MicroStep, TokenLosses, losses_from_logits, per_sample_loss_from_logits
@@ -177,3 +179,9 @@ def test_sample_losses_are_means_over_a_samples_targets():
     assert float(micro.weight_samples(torch.tensor([1.0, 3.0]))) == pytest.approx((1.5 + 3 * 4.0) / 2)
     micro.per_token = True
     assert float(micro.weight_samples(torch.tensor([1.0, 3.0]))) == pytest.approx((1.5 * 2 + 3 * 4.0 * 3) / 5)
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+def test_sharded_parameters():
+    assert "equal" in run_distributed(Path(__file__).parent / "fsdp_worker.py").stdout

@@ -88,7 +88,7 @@ def test_the_tutorials_components_path_names_the_packaged_file(tmp_path):
 
 
 def test_train_step_counts_the_warmup(tmp_path):
-    trainer, recorder = make_trainer({"component": "loss", "dataflex": {"warmup_step": 1, "train_step": 3}, "batch": 2}, str(tmp_path))
+    trainer, _ = make_trainer({"component": "loss", "dataflex": {"warmup_step": 1, "train_step": 3}, "batch": 2}, str(tmp_path))
     trainer.train()
     assert trainer.state.global_step == 3
     weighted = [entry["step"] for entry in trainer.state.log_history if entry.get("dataflex/weight_max", 1.0) > 1.0]
