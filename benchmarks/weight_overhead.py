@@ -146,10 +146,10 @@ def run(layers: int, batch: int, length: int, masked: float, repetitions: int) -
                     results[name].append(measured)
     print(f"\n{layers} layers, batch {batch}, length {length}, {masked:.0%} masked, {repetitions} repetitions\n")
     print("| step | time / static | peak memory / static | seconds | MiB |\n| --- | ---: | ---: | ---: | ---: |")
-    for name, measured in results.items():
+    for name, runs in results.items():
         base = results[f"{name.split(':')[0]}: static"]
-        ratios = [statistics.median(a[k] / b[k] for a, b in zip(measured, base, strict=True)) for k in (0, 1)]
-        middle = [statistics.median(values[k] for values in measured) for k in (0, 1)]
+        ratios = [statistics.median(a[k] / b[k] for a, b in zip(runs, base, strict=True)) for k in (0, 1)]
+        middle = [statistics.median(values[k] for values in runs) for k in (0, 1)]
         print(f"| {name} | {ratios[0]:.2f} | {ratios[1]:.2f} | {middle[0]:.2f} | {middle[1]:.0f} |", flush=True)
 
 

@@ -17,9 +17,7 @@ rows = rows.map(lambda row: {"prompt": row["instruction"] + " ", "completion": r
 
 trainer = WeightTrainer.over(SFTTrainer)(
     model=sys.argv[1],
-    args=SFTConfig(
-        "runs/library_sft", max_steps=4, per_device_train_batch_size=4, logging_steps=1, report_to="none", bf16=torch.cuda.is_available()
-    ),
+    args=SFTConfig("runs/library_sft", max_steps=4, per_device_train_batch_size=4, logging_steps=1, report_to="none", bf16=torch.cuda.is_available()),
     train_dataset=rows,
     dataflex=DataflexConfig(component_name="dft", warmup_step=2),
 )

@@ -58,9 +58,9 @@ def test_runtime_objects_win_over_yaml(registry):
     ("params", "message"),
     [
         ({"width": 1, "dept": 2}, "dept: is not a parameter of Leaf. Did you mean 'depth'? It accepts: depth, mode, width"),
-        ({"width": "wide"}, "width: 'wide' is not valid: Input should be a valid integer, unable to parse string as an integer"),
-        ({"width": 1, "depth": 0}, "depth: 0 is not valid: Input should be greater than 0"),
-        ({"width": 1, "mode": "be"}, "mode: 'be' is not valid: Input should be 'a' or 'bee'"),
+        ({"width": "wide"}, "width: 'wide' is not valid: must be a valid integer, unable to parse string as an integer"),
+        ({"width": 1, "depth": 0}, "depth: 0 is not valid: must be greater than 0"),
+        ({"width": 1, "mode": "be"}, "mode: 'be' is not valid: must be 'a' or 'bee'. Did you mean 'bee'?"),
         ({}, "width: is required by Leaf and has no default"),
     ],
 )

@@ -68,12 +68,17 @@ class TrlOptions(BaseModel):
 
     @model_validator(mode="after")
     def _consistent(self) -> TrlOptions:
+        problems = []
         if self.eval_dataset and self.val_size:
-            raise ValueError("val_size: cannot be combined with eval_dataset; use one of them")
+            problems.append("val_size: cannot be combined with eval_dataset; use one of them")
+        if self.val_size > 1 and self.val_size != int(self.val_size):
+            problems.append(f"val_size: {self.val_size} is not valid: write a share below 1 or a whole number of rows")
         if self.adapter_name_or_path and self.finetuning_type != "lora":
-            raise ValueError(f"adapter_name_or_path: needs finetuning_type: lora, not {self.finetuning_type}")
+            problems.append(f"adapter_name_or_path: needs finetuning_type: lora, not {self.finetuning_type}")
         if not self.dataset:
-            raise ValueError("dataset: names no data set")
+            problems.append("dataset: names no data set")
+        if problems:
+            raise ValueError("\n".join(problems))
         return self
 
 

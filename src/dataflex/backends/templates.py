@@ -71,6 +71,6 @@ def resolve_template(name: str | None, own: str | None, folder: Path) -> str:
         known = [*BUILT_IN, *FAMILIES]
         raise ValueError(f"'{name}' is not known.{nearest(name, known)} Known: {listing(known)}; or leave it out to use the tokenizer's own")
     if not own or FAMILIES[name] not in own:
-        has = "has none" if not own else f"is another one (it lacks {FAMILIES[name]})"
-        raise ValueError(f"'{name}' stands for the tokenizer's own chat template, which {has}; use one of {listing(BUILT_IN)}, or a .jinja file")
+        why = "and this tokenizer has none" if not own else f"which is another one (it lacks {FAMILIES[name]})"
+        raise ValueError(f"'{name}' stands for the tokenizer's own chat template, {why}; use one of {listing(BUILT_IN)}, or a .jinja file")
     return own

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable, Container
 from typing import TYPE_CHECKING, Any
 
 from dataflex.backends.data import DatasetSpec, Encoded, encode_sft, encode_text
 from dataflex.backends.options import TrlOptions
 from dataflex.backends.templates import resolve_template
-from dataflex.backends.trl_checks import Checked, model_path
+from dataflex.backends.trl_checks import Checked, model_path, resume_value
 from dataflex.configs.loading import RunFile
 from dataflex.core.state import newest_complete_checkpoint
 from dataflex.errors import ConfigError, Problem, ResumeError
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 
 def training_arguments(keys: dict[str, Any], options: TrlOptions | None, run: RunFile) -> SFTConfig:
     """SFTConfig from the user's keys. Fields the user left out have the defaults of `TrainingArguments`, not TRL's."""
+    import torch
     from transformers import TrainingArguments
     from trl import SFTConfig
 
@@ -29,18 +31,36 @@ def training_arguments(keys: dict[str, Any], options: TrlOptions | None, run: Ru
     trl_defaults = {field.name: field.default for field in dataclasses.fields(SFTConfig)}
     values = {name: default for name, default in ours.items() if default != trl_defaults[name] and default is not dataclasses.MISSING}
     values |= {key: "no" if value is False and key.endswith("_strategy") else value for key, value in keys.items()}
-    if "save_strategy" not in keys and "save_steps" not in keys and "save_total_limit" not in keys:
-        values.setdefault("save_strategy", "steps")
+    if "dataloader_pin_memory" not in keys:
+        values["dataloader_pin_memory"] = torch.cuda.is_available()  # otherwise torch warns that there is nothing to pin for
+    values |= _checkpointing(keys, enabled=options is not None and not options.disable_gradient_checkpointing, names=ours)
     if options is None:
-        return SFTConfig(**{**values, "gradient_checkpointing": False})
+        return SFTConfig(**values)
     if options.warmup_ratio is not None:
         values["warmup_steps"] = options.warmup_ratio  # transformers 5 reads a value below 1 as a ratio
-    if "gradient_checkpointing" not in keys:
-        values["gradient_checkpointing"] = not options.disable_gradient_checkpointing
+    if options.early_stopping_steps:
+        values.setdefault("metric_for_best_model", "loss")
     if run.dataflex.train_step:
         values["max_steps"] = run.dataflex.train_step
     packing = options.stage == "sft" and bool(options.packing or options.neat_packing)
     return SFTConfig(**values, max_length=options.cutoff_len, packing=packing, dataset_kwargs={"skip_prepare_dataset": not packing})
+
+
+def _checkpointing(keys: dict[str, Any], *, enabled: bool, names: Container[str]) -> dict[str, Any]:
+    """Activation checkpointing under the name that this transformers has for it; the other one warns.
+
+    Args:
+        keys: the user's; either name counts.
+        enabled: what to do if the user's keys do not say.
+        names: fields of `TrainingArguments`.
+    """
+    values: dict[str, Any] = {}
+    for suffix, default in (("", enabled), ("_kwargs", None)):
+        old, new = f"gradient_checkpointing{suffix}", f"activation_checkpointing{suffix}"
+        values[old] = keys.get(new, keys.get(old, default))
+        if new in names:
+            values |= {new: values[old], old: None}
+    return values
 
 
 def train(run: RunFile, prepared: Checked) -> None:
@@ -52,13 +72,25 @@ def train(run: RunFile, prepared: Checked) -> None:
     options = prepared.options
     args = training_arguments(prepared.trainer_keys, options, run)
     tokenizer = load_tokenizer(options, run)
-    train_data, eval_data = load_data(prepared, tokenizer, args.seed)
-    if args.process_index == 0:
-        start_output_dir(run, str(args.output_dir), seed=args.seed, overwrite=options.overwrite_output_dir)
-    set_seed(args.seed)
-    trainer = make_trainer(run, options, args, tokenizer, train_data, eval_data)
+    with run.locating():
+        train_data, eval_data = load_data(prepared, tokenizer, args.seed)
+        set_seed(args.seed)
+        trainer = make_trainer(run, options, args, tokenizer, train_data, eval_data)
+    trainer.add_callback(_at_start(lambda: start_output_dir(run, str(args.output_dir), seed=args.seed, overwrite=options.overwrite_output_dir)))
     result = trainer.train(resume_from_checkpoint=_checkpoint(args, static=run.dataflex.train_type == "static"))
     finish(trainer, result, plot=options.plot_loss)
+
+
+def _at_start(action: Callable[[], None]) -> Any:
+    """A callback that runs `action` on the main process once data and model are known to be in order, before the first step."""
+    from transformers import TrainerCallback
+
+    class AtStart(TrainerCallback):
+        def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if state.is_world_process_zero:
+                action()
+
+    return AtStart()
 
 
 def make_trainer(run: RunFile, options: TrlOptions, args: SFTConfig, tokenizer: Any, train_data: Encoded, eval_data: Any) -> Any:
@@ -182,18 +214,25 @@ def _encode(specs: list[DatasetSpec], options: TrlOptions, tokenizer: Any) -> En
 
 def _split(data: Encoded, val_size: float, seed: int) -> tuple[Encoded, Dataset]:
     rows = len(data.dataset)
-    number = int(val_size) if val_size >= 1 else round(rows * val_size)
-    if not 0 < number < rows:
-        raise ConfigError(Problem("", "val_size", f"{val_size} takes {number} of {rows} rows; at least one must remain on either side"))
-    parts = data.dataset.train_test_split(test_size=number, seed=seed)
+    parts = data.dataset.train_test_split(test_size=held_out_rows(rows, val_size), seed=seed)
     return dataclasses.replace(data, dataset=parts["train"]), parts["test"]
+
+
+def held_out_rows(rows: int, val_size: float) -> int:
+    """How many of `rows` the key `val_size` takes for evaluation.
+
+    Raises:
+        ConfigError: all of them, or none although there should be some.
+    """
+    number = int(val_size) if val_size >= 1 else round(rows * val_size)
+    if val_size and not 0 < number < rows:
+        raise ConfigError(Problem("", "val_size", f"{val_size:g} takes {number} of {rows} rows; at least one must remain on either side"))
+    return number
 
 
 def _checkpoint(args: SFTConfig, *, static: bool) -> str | bool | None:
     """What to resume from. DataFlex's trainers find the newest complete checkpoint themselves; for a static run it is found here."""
-    value: Any = args.resume_from_checkpoint
-    if isinstance(value, str) and value.lower() in ("true", "false"):
-        value = value.lower() == "true"
+    value = resume_value(args.resume_from_checkpoint)
     if value is not True or not static:
         return value
     found, _ = newest_complete_checkpoint(str(args.output_dir), with_state=False)

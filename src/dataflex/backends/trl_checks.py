@@ -16,7 +16,9 @@ from dataflex.backends.data import DatasetSpec, find_datasets
 from dataflex.backends.options import NOT_HONOURED, WITHOUT_EFFECT, TrlOptions
 from dataflex.backends.templates import resolve_template
 from dataflex.configs.loading import RunFile, checked
-from dataflex.errors import ConfigError, listing, nearest
+from dataflex.configs.values import wording
+from dataflex.core.state import load_state, newest_complete_checkpoint
+from dataflex.errors import ConfigError, ResumeError, listing, nearest
 
 # SFTConfig fields that this backend sets itself from other keys.
 _DERIVED = {
@@ -35,6 +37,8 @@ _DERIVED = {
     "truncation_mode": "cutoff_len",
     "shuffle_dataset": "seed",
 }
+
+_ABSENT = "(absent)"  # stands in for a required key, so that the other keys can still be checked
 
 _MINIMUM = {
     "learning_rate": 0,
@@ -78,17 +82,21 @@ def check(run: RunFile) -> Checked | None:
     own = {key: value for key, value in run.backend.items() if key in TrlOptions.model_fields}
     rest = {key: value for key, value in run.backend.items() if key not in own}
     notes = [f"{key} has no effect: {WITHOUT_EFFECT[key]}" for key in rest if key in WITHOUT_EFFECT]
-    trainer_keys = _check_trainer_keys({key: value for key, value in rest.items() if key not in WITHOUT_EFFECT}, run)
-    options = checked(TrlOptions, own, run)
+    rest = {key: value for key, value in rest.items() if key not in WITHOUT_EFFECT}
+    trainer_keys = _check_trainer_keys(rest, run)
+    options = checked(TrlOptions, own, run, stand_ins={"model_name_or_path": _ABSENT, "dataset": [_ABSENT]})
     if options is None:
         return None
     folder = _resolve(options.dataset_dir, run)
-    train = _find(options.dataset, folder, options, "dataset", run)
+    train = _find(options.dataset if options.dataset != [_ABSENT] else [], folder, options, "dataset", run)
     evaluation = _find(options.eval_dataset, folder, options, "eval_dataset", run)
-    if not run.problems:
-        _check_construction(trainer_keys, run)
-    _check_model(options, run)
+    if options.model_name_or_path != _ABSENT:
+        _check_model(options, run)
+    _check_adapter(options, run)
+    before = len(run.problems)
     _check_schedule(options, trainer_keys, run)
+    if len(run.problems) == before and len(trainer_keys) == len(rest) and "output_dir" in rest:
+        _check_construction(trainer_keys, run)
     _check_output_dir(options, trainer_keys, run)
     return Checked(options, trainer_keys, train, evaluation, notes)
 
@@ -111,7 +119,7 @@ def _check_trainer_keys(keys: dict[str, Any], run: RunFile) -> dict[str, Any]:
         elif message := _value_problem(key, value, fields[key].type):
             run.add(key, message)
         else:
-            accepted[key] = value
+            accepted[key] = _converted(value, fields[key].type)
     if "output_dir" not in keys:
         run.add("output_dir", "is required")
     return accepted
@@ -119,20 +127,32 @@ def _check_trainer_keys(keys: dict[str, Any], run: RunFile) -> dict[str, Any]:
 
 def _value_problem(key: str, value: Any, annotation: Any) -> str:
     """What is wrong with a value of a TrainingArguments field, or an empty string."""
-    parts = typing.get_args(annotation) if isinstance(annotation, types.UnionType) or typing.get_origin(annotation) is typing.Union else (annotation,)
-    enums = [part for part in parts if isinstance(part, type) and issubclass(part, enum.Enum)]
-    if enums and isinstance(value, str | bool):
-        choices = [str(member.value) for member in enums[0]]
+    if key == "resume_from_checkpoint" and isinstance(value, bool):
+        return ""
+    choices = _choices(annotation)
+    if choices and isinstance(value, str | bool):
         text = "no" if value is False else str(value)  # YAML reads a bare `no` as false
-        return "" if text in choices else f"{value!r} is not valid.{nearest(text, choices)} Allowed: {listing(choices)}"
+        return "" if text in choices else f"{value!r} is not valid.{nearest(text, choices) or f' Allowed: {listing(choices)}'}"
     try:
-        TypeAdapter(annotation).validate_python(value)
+        number = TypeAdapter(annotation).validate_python(value)
     except ValidationError as error:
-        return f"{value!r} is not valid: {error.errors(include_url=False)[0]['msg']}"
+        return wording(error.errors(include_url=False)[0])
     minimum = _MINIMUM.get(key)
-    if minimum is not None and isinstance(value, int | float) and value < minimum:
+    if minimum is not None and isinstance(number, int | float) and not number >= minimum:
         return f"{value} is not valid: must be at least {minimum}"
     return ""
+
+
+def _choices(annotation: Any) -> list[str]:
+    """The values of a field that is an enumeration."""
+    parts = typing.get_args(annotation) if isinstance(annotation, types.UnionType) or typing.get_origin(annotation) is typing.Union else (annotation,)
+    enums = [part for part in parts if isinstance(part, type) and issubclass(part, enum.Enum)]
+    return [str(member.value) for member in enums[0]] if enums else []
+
+
+def _converted(value: Any, annotation: Any) -> Any:
+    """A number or truth value written as text (`"1e-4"`), as what the field holds."""
+    return TypeAdapter(annotation).validate_python(value) if isinstance(value, str) and not _choices(annotation) else value
 
 
 def _check_construction(keys: dict[str, Any], run: RunFile) -> None:
@@ -142,7 +162,7 @@ def _check_construction(keys: dict[str, Any], run: RunFile) -> None:
 
         training_arguments(keys, None, run)
     except (ValueError, TypeError, ImportError) as error:
-        run.add(next((key for key in keys if key in str(error)), ""), str(error).split("\n")[0])
+        run.add(next((key for key in keys if key in str(error)), ""), " ".join(str(error).removeprefix("--").split()))
 
 
 def _check_model(options: TrlOptions, run: RunFile) -> None:
@@ -151,37 +171,97 @@ def _check_model(options: TrlOptions, run: RunFile) -> None:
 
     name = model_path(options.model_name_or_path, run)
     local = Path(name).is_dir()
+    parent = Path(name).expanduser().parent
+    near = nearest(Path(name).name, [path.name for path in parent.iterdir() if path.is_dir()]) if parent.is_dir() and not local else ""
     if not local and (name.startswith(("/", ".", "~")) or name.count("/") > 1):
-        return run.add("model_name_or_path", f"no folder '{name}'")
+        return run.add("model_name_or_path", f"no folder '{name}'.{near}" if near else f"no folder '{name}'")
+    if local and not (Path(name) / "config.json").is_file():
+        return run.add("model_name_or_path", f"'{name}' holds no config.json; a model folder has one")
+    source: dict[str, Any] = {"trust_remote_code": options.trust_remote_code, "revision": options.model_revision, "cache_dir": options.cache_dir}
     try:
-        config = AutoConfig.from_pretrained(name, trust_remote_code=options.trust_remote_code, revision=options.model_revision)
+        config = AutoConfig.from_pretrained(name, **source)
     except Exception as error:  # transformers raises many kinds here; all mean the same to the user
-        return run.add("model_name_or_path", f"'{name}' holds no readable model configuration: {_first_line(error)}")
+        what = "holds no readable model configuration" if local else "is no folder, and no model of that name can be had from the hub"
+        return run.add("model_name_or_path", f"'{name}' {what}: {_first_line(error).rstrip('.')}.{near}".removesuffix("."))
     if config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and not options.trust_remote_code:
         run.add("model_name_or_path", f"'{name}' is a {config.model_type} model, not a causal language model")
+    else:
+        _check_modules(options, config, run)
     if local and not options.train_from_scratch and not any(Path(name).glob("*.safetensors")) and not any(Path(name).glob("*.bin")):
         run.add("model_name_or_path", f"'{name}' holds no weights (*.safetensors or *.bin); set train_from_scratch: true to start from random ones")
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=options.trust_remote_code, revision=options.model_revision)
+        tokenizer = AutoTokenizer.from_pretrained(name, **source)
     except Exception as error:
-        return run.add("model_name_or_path", f"'{name}' holds no readable tokenizer: {_first_line(error)}")
+        why = f": {_first_line(error).rstrip('.')}" if list(Path(name).glob("tokenizer*")) else ""
+        return run.add("model_name_or_path", f"'{name}' holds no readable tokenizer{why}. Save it there with tokenizer.save_pretrained('{name}')")
     if options.stage == "sft":
-        try:
-            resolve_template(options.template, tokenizer.chat_template, run.folder)
-        except ValueError as error:
-            run.add("template", str(error))
+        _check_template(options, tokenizer, run)
     return None
+
+
+def _check_template(options: TrlOptions, tokenizer: Any, run: RunFile) -> None:
+    from jinja2 import TemplateError, TemplateSyntaxError
+
+    try:
+        template = resolve_template(options.template, tokenizer.chat_template, run.folder)
+        tokenizer.apply_chat_template([{"role": "user", "content": ""}], chat_template=template, tokenize=False)
+    except TemplateSyntaxError as error:
+        run.add("template", f"is not a valid Jinja template (line {error.lineno}): {error.message}")
+    except TemplateError:  # a template may refuse this conversation and take others; the rows will tell
+        pass
+    except ValueError as error:
+        run.add("template", str(error))
+
+
+def _check_adapter(options: TrlOptions, run: RunFile) -> None:
+    name = options.adapter_name_or_path
+    if name is None or (Path(name) / "adapter_config.json").is_file():
+        return
+    if Path(name).is_dir():
+        run.add("adapter_name_or_path", f"'{name}' holds no adapter_config.json; a LoRA adapter's folder has one")
+    elif name.count("/") != 1 or name.startswith(("/", ".", "~")):
+        run.add("adapter_name_or_path", f"no folder '{name}'")
+
+
+def _check_modules(options: TrlOptions, config: Any, run: RunFile) -> None:
+    """The keys that name parts of the model, on a model without memory for its weights."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    layers = getattr(config.get_text_config(), "num_hidden_layers", None)
+    number = options.freeze_trainable_layers
+    if options.finetuning_type == "freeze" and layers is not None and not 0 < abs(number) <= layers:
+        run.add("freeze_trainable_layers", f"{number} is not valid: the model has {layers} layers. Allowed: 1 to {layers}, or -1 to -{layers}")
+    wanted = {"lora_target": options.lora_target, "additional_target": options.additional_target} if options.finetuning_type == "lora" else {}
+    wanted |= {"freeze_extra_modules": options.freeze_extra_modules} if options.finetuning_type == "freeze" else {}
+    wanted = {key: names for key, names in wanted.items() if names and names != ["all"]}
+    if not wanted or options.trust_remote_code:
+        return
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    paths = [name for name, _ in model.named_modules()]
+    parts = {part for path in paths for part in path.split(".") if part and not part.isdigit()}
+    for key, names in wanted.items():
+        for name in names:
+            if name not in parts and not any(path == name or path.endswith(f".{name}") for path in paths):
+                run.add(key, f"the model has no module '{name}'.{nearest(name, parts)} Its modules: {listing(parts)}")
 
 
 def _check_schedule(options: TrlOptions, keys: dict[str, Any], run: RunFile) -> None:
     steps, maximum = run.dataflex.train_step, keys.get("max_steps", -1)
     if steps and maximum > 0 and maximum != steps:
         run.add("train_step", f"is {steps} but max_steps is {maximum}; both set the total number of optimizer steps")
+    saving, evaluating = (keys.get(key) or "no" for key in ("save_strategy", "eval_strategy"))
+    saving = saving if "save_strategy" in keys else "steps"
+    if keys.get("load_best_model_at_end") and saving != evaluating and saving != "best":
+        run.add("load_best_model_at_end", f"needs eval_strategy and save_strategy to be equal, but they are {evaluating} and {saving}")
     if options.warmup_ratio is not None and "warmup_steps" in keys:
         run.add("warmup_ratio", "cannot be combined with warmup_steps; use one of them")
-    if options.early_stopping_steps and not (options.eval_dataset or options.val_size):
-        run.add("early_stopping_steps", "needs eval_dataset or val_size")
     wanted = keys.get("eval_strategy", "no")
+    if options.early_stopping_steps and not (options.eval_dataset or options.val_size):
+        run.add("early_stopping_steps", "needs evaluation data; set eval_dataset or val_size, and eval_strategy: steps or epoch")
+    elif options.early_stopping_steps and wanted in ("no", False):
+        run.add("early_stopping_steps", "needs evaluations during training; set eval_strategy: steps or epoch")
     if wanted not in ("no", False) and not (options.eval_dataset or options.val_size):
         run.add("eval_strategy", f"is {wanted!r} but there is nothing to evaluate on; set eval_dataset or val_size")
 
@@ -189,22 +269,49 @@ def _check_schedule(options: TrlOptions, keys: dict[str, Any], run: RunFile) -> 
 def _check_output_dir(options: TrlOptions, keys: dict[str, Any], run: RunFile) -> None:
     if "output_dir" not in keys:
         return
-    folder = Path(keys["output_dir"])
+    if not keys["output_dir"]:
+        return run.add("output_dir", "must name a folder")
+    folder = Path(keys["output_dir"]).expanduser()
     existing = next(parent for parent in [folder, *folder.absolute().parents] if parent.exists())
     if not existing.is_dir() or not os.access(existing, os.W_OK):
-        return run.add("output_dir", f"'{folder}' cannot be written: {existing} is {'not writable' if existing.is_dir() else 'a file'}")
-    resume = keys.get("resume_from_checkpoint")
+        return run.add(
+            "output_dir", f"'{folder}' cannot be written: '{existing}' is {'write-protected' if existing.is_dir() else 'a file, not a folder'}"
+        )
+    resume = resume_value(keys.get("resume_from_checkpoint"))
     holds_run = folder.is_dir() and (any(folder.glob("checkpoint-*")) or (folder / "dataflex").exists() or (folder / "trainer_state.json").exists())
     if holds_run and not resume and not options.overwrite_output_dir:
         run.add(
             "output_dir",
-            f"'{folder}' already holds a run. Resume it with resume_from_checkpoint: true, start anew with overwrite_output_dir: true, or use another",
+            f"'{folder}' already holds a run. Resume it with resume_from_checkpoint: true, start anew with overwrite_output_dir: true, "
+            "or use another folder",
         )
-    if isinstance(resume, str) and resume.lower() not in ("true", "false") and not (Path(resume) / "trainer_state.json").is_file():
-        run.add("resume_from_checkpoint", f"'{resume}' is not a complete checkpoint (no trainer_state.json)")
     if resume and options.overwrite_output_dir:
-        run.add("overwrite_output_dir", "would delete the checkpoint to resume from; use one of them")
-    return None
+        return run.add("overwrite_output_dir", "would delete the checkpoint to resume from; use one of them")
+    return _check_checkpoint(resume, folder, run)
+
+
+def resume_value(value: str | bool | None) -> str | bool | None:
+    """The key `resume_from_checkpoint`: a folder, or whether to take the newest checkpoint; text on a command line may mean either."""
+    return value.lower() == "true" if isinstance(value, str) and value.lower() in ("true", "false") else value
+
+
+def _check_checkpoint(resume: str | bool | None, folder: Path, run: RunFile) -> None:
+    """Whether there is a checkpoint to resume from; a dynamic run's must also hold DataFlex's state."""
+    dynamic = run.dataflex.train_type != "static"
+    if resume is True:
+        found, skipped = newest_complete_checkpoint(folder, with_state=dynamic)
+        if found is None:
+            why = "".join(f"; {reason}" for reason in skipped)
+            run.add(
+                "resume_from_checkpoint", f"is true, but '{folder}' holds no checkpoint that can be resumed{why}. Leave the key out to start anew"
+            )
+    elif resume and not (Path(resume) / "trainer_state.json").is_file():
+        run.add("resume_from_checkpoint", f"'{resume}' is not a complete checkpoint (no trainer_state.json)")
+    elif resume and dynamic:
+        try:
+            load_state(resume)
+        except ResumeError as error:
+            run.add("resume_from_checkpoint", str(error))
 
 
 def _find(names: list[str], folder: Path, options: TrlOptions, key: str, run: RunFile) -> list[DatasetSpec]:

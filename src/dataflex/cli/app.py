@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import traceback
 from collections.abc import Callable
 from typing import Annotated, Any
 
@@ -24,13 +25,17 @@ Overrides = Annotated[list[str] | None, typer.Argument(metavar="[key=value]...",
 Debug = Annotated[bool, typer.Option("--debug", help="Show a traceback with an error.")]
 
 
-@app.command()
+# An option that does not exist is an override written wrongly, and is reported as one.
+_LENIENT = {"ignore_unknown_options": True}
+
+
+@app.command(context_settings=_LENIENT)
 def train(config: Config, overrides: Overrides = None, debug: Debug = False) -> None:
     """Train as a YAML file says."""
     _guarded(lambda: _train(config, overrides or []), debug)
 
 
-@app.command()
+@app.command(context_settings=_LENIENT)
 def validate(config: Config, overrides: Overrides = None, debug: Debug = False) -> None:
     """Check a YAML file and print what it would do, without loading the model or writing anything."""
     _guarded(lambda: _validate(config, overrides or []), debug)
@@ -102,7 +107,7 @@ def _guarded(action: Callable[[], Any], debug: bool) -> None:
         action()
     except DataflexError as error:
         if debug:
-            raise
+            traceback.print_exc()
         if os.environ.get("RANK", "0") == "0":
             _print_error(error)
         sys.exit(2)

@@ -5,15 +5,16 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dataflex.configs.components import component_params
+from dataflex.configs.components import component_entry
 from dataflex.configs.loading import RunFile, load_run
 from dataflex.configs.schema import COMPONENT_KIND
 from dataflex.core.plugins import load_plugins
 from dataflex.core.registry import REGISTRY, check_parameters
-from dataflex.errors import ComponentError, ConfigError, Problem
+from dataflex.errors import ComponentError, ConfigError
 
 if TYPE_CHECKING:
     from dataflex.backends.trl_checks import Checked
@@ -27,10 +28,12 @@ def check_run(path: str | Path, overrides: Sequence[str] = ()) -> tuple[RunFile,
     """
     run = load_run(path, overrides)
     _check_component(run)
-    try:
-        from dataflex.backends import trl_checks
-    except ImportError as error:
-        raise ConfigError(Problem("", "backend", f"trl is not installed ({error}); pip install 'dataflex[trl]'")) from None
+    missing = [name for name in ("trl", "peft", "datasets") if find_spec(name) is None]
+    if missing:
+        run.add("backend", f"needs {', '.join(missing)}, which is not installed: pip install 'dataflex[trl]'")
+        run.raise_problems()
+    from dataflex.backends import trl_checks
+
     checked = trl_checks.check(run)
     run.raise_problems()
     assert checked is not None
@@ -47,20 +50,22 @@ def _check_component(run: RunFile) -> None:
     kind = COMPONENT_KIND[config.train_type]
     try:
         load_plugins(config.plugins, base=run.folder, where=run.where("plugins"))
-        params = component_params(kind, config.component_name, config.components_cfg_file, run.folder, _references(run))
+        entry = component_entry(kind, config.component_name, config.components_cfg_file, run.folder, _references(run))
         cls: Any = REGISTRY.get(kind, config.component_name)
     except ConfigError as error:
         return run.add_all(error.problems)
     except ComponentError as error:
         return run.add("component_name", str(error))
-    for problem in check_parameters(cls, {**params, **config.component_params}):
-        key = f"component_params.{problem.key}" if problem.key in config.component_params else problem.key
-        place = run.where("component_params") if problem.key in config.component_params else config.components_cfg_file
-        run.problems.append(Problem(place, key, problem.message))
+    for problem in check_parameters(cls, {**entry.params, **config.component_params}):
+        if problem.key in entry.params and problem.key not in config.component_params:
+            run.problems.append(entry.problem(problem.key, problem.message))
+        else:
+            run.add(f"component_params.{problem.key}", problem.message)
     if cls.needs_eval_dataset and not (run.backend.get("eval_dataset") or run.backend.get("val_size")):
         run.add("component_name", f"{config.component_name} compares samples with evaluation data: set eval_dataset or val_size")
     # The trainer finds the same files from wherever it is started.
-    config.plugins = [str(p.resolve()) if (p := run.folder / name).is_file() else name for name in config.plugins]
+    if config.plugins:
+        config.plugins = [str(p.resolve()) if (p := run.folder / name).is_file() else name for name in config.plugins]
     local = run.folder / config.components_cfg_file
     if local.is_file() and not Path(config.components_cfg_file).is_file():
         config.components_cfg_file = str(local)
@@ -71,19 +76,29 @@ def _references(run: RunFile) -> dict[str, str]:
     return {"output_dir": str(run.backend.get("output_dir", ""))}
 
 
+def _steps(rows: int, batch: int, keys: dict[str, Any]) -> int:
+    """Optimizer steps as the Trainer counts them from epochs."""
+    accumulation = keys.get("gradient_accumulation_steps", 1)
+    rounded = math.floor if keys.get("dataloader_drop_last") else math.ceil
+    micro_batches = rounded(rows / (batch // accumulation))
+    return math.ceil(max(math.ceil(micro_batches / accumulation), 1) * keys.get("num_train_epochs", 3))
+
+
 def plan(run: RunFile, checked: Checked) -> list[tuple[str, str]]:
     """What the run will do, as (name, value) lines."""
     from dataflex.backends.data import load_rows
+    from dataflex.backends.trl import held_out_rows
 
     config, keys, options = run.dataflex, checked.trainer_keys, checked.options
     rows = sum(len(load_rows(spec, options.max_samples)) for spec in checked.train)
-    train_rows = rows - (int(options.val_size) if options.val_size >= 1 else round(rows * options.val_size))
+    with run.locating():
+        train_rows = rows - held_out_rows(rows, options.val_size)
     world = int(os.environ.get("WORLD_SIZE", "1"))
     batch = keys.get("per_device_train_batch_size", 8) * keys.get("gradient_accumulation_steps", 1) * world
     steps = config.train_step or (keys["max_steps"] if keys.get("max_steps", -1) > 0 else 0)
     packed = options.packing or options.neat_packing or options.stage == "pt"
     about = "at most " if packed and not steps else ""
-    steps = steps or math.ceil(train_rows / batch) * math.ceil(keys.get("num_train_epochs", 3))
+    steps = steps or _steps(train_rows, batch, keys)
     lines = [
         ("model", f"{options.model_name_or_path}, {options.finetuning_type}, stage {options.stage}"),
         ("data", f"{', '.join(options.dataset)}: {train_rows} rows"),
@@ -93,8 +108,8 @@ def plan(run: RunFile, checked: Checked) -> list[tuple[str, str]]:
     ]
     if config.train_type != "static":
         assert config.component_name is not None
-        params = component_params("weighter", config.component_name, config.components_cfg_file, run.folder, _references(run))
-        params |= config.component_params
+        entry = component_entry("weighter", config.component_name, config.components_cfg_file, run.folder, _references(run))
+        params = {**entry.params, **config.component_params}
         cls: Any = REGISTRY.get("weighter", config.component_name)
         lines += [
             ("train type", f"{config.train_type}, {config.component_name} ({', '.join(f'{k}={v}' for k, v in params.items())})"),

@@ -13,6 +13,7 @@ import typer
 from pydantic import BaseModel
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from dataflex.configs.components import components_path
 from dataflex.configs.schema import COMPONENT_BUCKETS, PACKAGED_COMPONENTS, DataflexConfig
@@ -24,14 +25,14 @@ from dataflex.core.registry import KINDS, REGISTRY, settings_of
 def print_plan(lines: list[tuple[str, str]]) -> None:
     table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
     for name, value in lines:
-        table.add_row(f"[bold]{name}[/bold]", value)
-    Console().print(table)
+        table.add_row(Text(name, "bold"), Text(value))  # Text: square brackets are no markup here
+    _console().print(table)
     typer.echo("The file is valid. Nothing was written.")
 
 
 def print_components(components_cfg_file: str | None, plugins: list[str]) -> None:
     """Every registered class with its parameters; values of the components file stand in for the code's defaults."""
-    load_plugins(plugins)
+    load_plugins(plugins, where="command line")
     content = read_yaml(components_path(components_cfg_file or PACKAGED_COMPONENTS), {"output_dir": "${output_dir}"})
     table = Table("kind", "name", "parameters", "needs", "what it does", show_lines=True)
     for kind in KINDS:
@@ -42,8 +43,14 @@ def print_components(components_cfg_file: str | None, plugins: list[str]) -> Non
             parameters = [f"{key} = {values.get(key, _default(p))}  ({type_name(p.annotation)})" for key, p in settings_of(cls).items()]
             needs = "evaluation data" if cls.needs_eval_dataset else "-"
             about = (inspect.getdoc(cls) or "").split("\n")[0] + ("" if entry is not None else " (no entry in the components file)")
-            table.add_row(kind, name, "\n".join(parameters) or "-", needs, about)
-    Console().print(table)
+            table.add_row(*map(Text, (kind, name, "\n".join(parameters) or "-", needs, about)))
+    _console().print(table)
+
+
+def _console() -> Console:
+    """The terminal; in a pipe or a file lines are long, so that they can be searched."""
+    console = Console()
+    return console if console.is_terminal else Console(width=200)
 
 
 def _default(parameter: inspect.Parameter) -> Any:
@@ -63,7 +70,7 @@ def type_name(annotation: Any) -> str:
     arguments = typing.get_args(annotation)
     if arguments and type(None) in arguments:
         return " or ".join(type_name(part) if part is not type(None) else "none" for part in arguments)
-    return getattr(annotation, "__name__", None) or re.sub(r"typing\.", "", str(annotation))
+    return re.sub(r"typing\.", "", str(annotation)) if arguments else getattr(annotation, "__name__", str(annotation))
 
 
 _LIMITS = {"gt": ">", "ge": ">=", "lt": "<", "le": "<="}
@@ -91,8 +98,9 @@ def reference_page() -> str:
     parts.append("## DataFlex's keys\n\n" + _key_table(DataflexConfig))
     parts.append("## Model and data (backend trl)\n\n" + _key_table(TrlOptions))
     parts.append(
-        "## The Trainer's keys\n\nEvery field of `transformers.TrainingArguments` (`learning_rate`, `num_train_epochs`, `save_steps`, `report_to`, ...) "
-        "with its own default, and TRL's `packing_strategy` and `activation_offloading`. `output_dir` is required.\n"
+        "## The Trainer's keys\n\n"
+        "Every field of `transformers.TrainingArguments` (`learning_rate`, `num_train_epochs`, `save_steps`, `report_to`, ...) with its own default, "
+        "and TRL's `packing_strategy` and `activation_offloading`. `output_dir` is required.\n"
     )
     rows = [f"| `{key}` | {reason} |" for key, reason in sorted(WITHOUT_EFFECT.items())]
     parts.append("## LLaMA-Factory keys without effect\n\n| key | why |\n| --- | --- |\n" + "\n".join(rows) + "\n")

@@ -3,13 +3,36 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 from dataflex.configs.schema import COMPONENT_BUCKETS, PACKAGED_COMPONENTS
-from dataflex.configs.yaml_files import read_yaml
+from dataflex.configs.yaml_files import YamlContent, load_yaml
 from dataflex.errors import ConfigError, Problem, listing, nearest
+
+_BUCKETS = [*COMPONENT_BUCKETS.values(), "reorderers", "pipelines"]
+
+
+@dataclass(frozen=True)
+class ComponentEntry:
+    """An entry of a components file.
+
+    Attributes:
+        path: dotted path of the entry, `weighters.loss`.
+        params: its parameters.
+    """
+
+    file: Path
+    content: YamlContent
+    path: str
+    params: dict[str, Any]
+
+    def problem(self, key: str, message: str) -> Problem:
+        """A problem with one parameter, located in the file."""
+        dotted = f"{self.path}.params.{key}"
+        return Problem(self.content.where(self.file, dotted), dotted, message)
 
 
 def components_path(path: str, base: Path | None = None) -> Path:
@@ -26,8 +49,8 @@ def components_path(path: str, base: Path | None = None) -> Path:
     raise ConfigError(Problem("", "components_cfg_file", f"no file '{path}'. Leave the key out to use the packaged components"))
 
 
-def component_params(kind: str, name: str, path: str, base: Path | None = None, substitute: Mapping[str, str] | None = None) -> dict[str, Any]:
-    """The `params` of component `name`.
+def component_entry(kind: str, name: str, path: str, base: Path | None = None, substitute: Mapping[str, str] | None = None) -> ComponentEntry:
+    """The entry of component `name`.
 
     Args:
         kind: weighter, selector, mixer or reorder.
@@ -36,27 +59,52 @@ def component_params(kind: str, name: str, path: str, base: Path | None = None, 
         substitute: values for `${name}` references, such as output_dir.
 
     Raises:
-        ConfigError: no such entry, or the entry is malformed.
+        ConfigError: no such entry, or the file or the entry is malformed.
     """
     file = components_path(path, base)
-    content = read_yaml(file, substitute)
+    content = load_yaml(file, substitute)
+    problems = content.unresolved + _stray_kinds(file, content)
     bucket_name = COMPONENT_BUCKETS[kind]
-    buckets = [*COMPONENT_BUCKETS.values(), "reorderers", "pipelines"]
-    unknown = [key for key in content if key not in buckets]
-    if unknown:
-        raise ConfigError(
-            [Problem(str(file), key, f"is not a kind of component.{nearest(key, buckets)} Allowed: {listing(buckets)}") for key in unknown]
-        )
-    bucket = content.get(bucket_name) or (content.get("reorderers") if kind == "reorder" else None) or {}
-    if name not in bucket:
-        raise ConfigError(
-            Problem(str(file), "component_name", f"{bucket_name} '{name}' not found.{nearest(name, bucket)} Available: {listing(bucket)}")
-        )
-    entry = bucket[name] or {}
-    stray = [key for key in entry if key not in ("name", "params")]
-    if stray:
-        raise ConfigError([Problem(str(file), f"{bucket_name}.{name}.{key}", "is not allowed here; parameters go under 'params'") for key in stray])
-    params = entry.get("params") or {}
-    if not isinstance(params, dict):
-        raise ConfigError(Problem(str(file), f"{bucket_name}.{name}.params", f"must be a mapping, not {params!r}"))
-    return dict(params)
+    if kind == "reorder" and bucket_name not in content.values and "reorderers" in content.values:
+        bucket_name = "reorderers"
+    bucket = content.values.get(bucket_name) or {}
+    if not isinstance(bucket, dict):
+        problems.append(Problem(content.where(file, bucket_name), bucket_name, f"must be a mapping of names to components, not {bucket!r}"))
+    elif name not in bucket and not (problems and not bucket):  # a misspelt kind is reported already
+        message = f"{bucket_name} '{name}' not found in {file}.{nearest(name, bucket)} Available: {listing(bucket)}"
+        problems.append(Problem("", "component_name", message))
+    elif name in bucket:
+        problems += _entry_problems(file, content, f"{bucket_name}.{name}", bucket[name])
+    if problems:
+        raise ConfigError(problems)
+    return ComponentEntry(file, content, f"{bucket_name}.{name}", dict((bucket[name] or {}).get("params") or {}))
+
+
+def component_params(kind: str, name: str, path: str, base: Path | None = None, substitute: Mapping[str, str] | None = None) -> dict[str, Any]:
+    """The `params` of component `name`; arguments and errors as in `component_entry`."""
+    return component_entry(kind, name, path, base, substitute).params
+
+
+def _stray_kinds(file: Path, content: YamlContent) -> list[Problem]:
+    unknown = [key for key in content.values if key not in _BUCKETS]
+    text = "is not a kind of component.{} Allowed: {}"
+    return [Problem(content.where(file, key), key, text.format(nearest(key, _BUCKETS), listing(_BUCKETS))) for key in unknown]
+
+
+def _entry_problems(file: Path, content: YamlContent, path: str, entry: Any) -> list[Problem]:
+    """What is wrong with an entry's shape."""
+
+    def problem(key: str, message: str) -> Problem:
+        return Problem(content.where(file, key), key, message)
+
+    if entry is None:
+        return []
+    if not isinstance(entry, dict):
+        return [problem(path, f"must be a mapping with `name` and `params`, not {entry!r}")]
+    name = path.split(".", 1)[1]
+    problems = [problem(f"{path}.{key}", "is not allowed here; parameters go under `params`") for key in entry if key not in ("name", "params")]
+    if entry.get("name", name) != name:
+        problems.append(problem(f"{path}.name", f"is '{entry['name']}'; it must repeat the entry's own name, '{name}'"))
+    if not isinstance(entry.get("params") or {}, dict):
+        problems.append(problem(f"{path}.params", f"must be a mapping of parameters to values, not {entry['params']!r}"))
+    return problems

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -11,8 +12,9 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
 from dataflex.configs.schema import DataflexConfig
-from dataflex.configs.yaml_files import key_lines, read_yaml
-from dataflex.errors import ConfigError, Problem, nearest
+from dataflex.configs.values import wording
+from dataflex.configs.yaml_files import COMMAND_LINE, YamlContent, load_yaml
+from dataflex.errors import ConfigError, Problem
 
 METADATA_KEY = "dataflex_run"  # what run.yaml records beside the settings; ignored when the file is run again
 
@@ -27,14 +29,17 @@ class RunFile:
         path: the file.
         dataflex: DataFlex's settings; defaults stand in for those that have a problem.
         backend: the other keys, as read.
+        content: the file as read, which knows where its keys stand.
+        overridden: top-level keys given on the command line.
         problems: what is wrong so far.
     """
 
     path: Path
     dataflex: DataflexConfig
     backend: dict[str, Any]
+    content: YamlContent
+    overridden: set[str] = field(default_factory=set)
     problems: list[Problem] = field(default_factory=list)
-    lines: dict[str, int] = field(default_factory=dict)
 
     @property
     def folder(self) -> Path:
@@ -46,15 +51,29 @@ class RunFile:
 
     def add_all(self, problems: Iterable[Problem]) -> None:
         """Note problems found elsewhere; those that name a key of this file but no place are located here."""
-        self.problems += [Problem(p.where or self.where(p.key), p.key, p.message) for p in problems]
+        self.problems += self._located(problems)
 
     def where(self, key: str) -> str:
-        line = self.lines.get(key.split(".")[0])
-        return f"{self.path}:{line}" if line else str(self.path)
+        return COMMAND_LINE if key.split(".")[0] in self.overridden else self.content.where(self.path, key)
 
     def raise_problems(self) -> None:
-        if self.problems:
-            raise ConfigError(list(dict.fromkeys(self.problems)))
+        """Report what was noted; a key whose reference leads nowhere is not also reported as missing."""
+        unresolved = {problem.key.split(".")[0] for problem in self.content.unresolved}
+        own = [problem for problem in self.problems if problem.key.split(".")[0] not in unresolved]
+        problems = list(dict.fromkeys([*self.content.unresolved, *own]))
+        if problems:
+            raise ConfigError(problems)
+
+    @contextmanager
+    def locating(self) -> Iterator[None]:
+        """Give errors raised inside that name a key of this file their place."""
+        try:
+            yield
+        except ConfigError as error:
+            raise ConfigError(self._located(error.problems)) from error
+
+    def _located(self, problems: Iterable[Problem]) -> list[Problem]:
+        return [Problem(p.where or self.where(p.key), p.key, p.message) for p in problems]
 
 
 def load_run(path: str | Path, overrides: Sequence[str] = ()) -> RunFile:
@@ -64,40 +83,40 @@ def load_run(path: str | Path, overrides: Sequence[str] = ()) -> RunFile:
         ConfigError: the file cannot be read at all; anything else is noted in `problems`.
     """
     path = Path(path)
-    content = read_yaml(path, overrides=overrides)
-    content.pop(METADATA_KEY, None)
-    lines = {key: line for key, line in key_lines(path).items() if key not in {item.split("=")[0].split(".")[0] for item in overrides}}
-    own = {key: value for key, value in content.items() if key in DataflexConfig.model_fields}
-    run = RunFile(path, DataflexConfig(), {key: value for key, value in content.items() if key not in own}, lines=lines)
+    content = load_yaml(path, overrides=overrides)
+    values = {key: value for key, value in content.values.items() if key != METADATA_KEY}
+    own = {key: value for key, value in values.items() if key in DataflexConfig.model_fields}
+    backend = {key: value for key, value in values.items() if key not in own}
+    run = RunFile(path, DataflexConfig(), backend, content, overridden={item.split("=")[0].split(".")[0] for item in overrides})
     run.dataflex = checked(DataflexConfig, own, run) or DataflexConfig()
     return run
 
 
-def checked(model: type[M], values: Mapping[str, Any], run: RunFile) -> M | None:
-    """`values` as `model`. Problems are noted in `run`; the keys concerned then have their defaults, or None is returned if that fails too."""
-    try:
-        return model(**values)
-    except ValidationError as error:
-        details = error.errors(include_url=False)
-        for detail in details:
-            run.problems.append(_problem(detail, run))
-        bad = {str(detail["loc"][0]) for detail in details if detail["loc"]}
+def checked(model: type[M], values: Mapping[str, Any], run: RunFile, stand_ins: Mapping[str, Any] | None = None) -> M | None:
+    """`values` as `model`. Problems are noted in `run`; the keys concerned then have their defaults.
+
+    Args:
+        stand_ins: values for required keys that have a problem. Without them None is returned in that case.
+    """
+    kept = dict(values)
+    while True:
         try:
-            return model(**{key: value for key, value in values.items() if key not in bad})
-        except ValidationError as again:
-            run.problems += [problem for detail in again.errors(include_url=False) if (problem := _problem(detail, run)) not in run.problems]
+            return model(**kept)
+        except ValidationError as error:
+            found = [problem for detail in error.errors(include_url=False) for problem in _problems(detail, run)]
+        new = [problem for problem in found if problem not in run.problems]
+        run.problems += new
+        if not new:
             return None
+        bad = {problem.key.split(".")[0] for problem in new}
+        kept = {key: value for key, value in kept.items() if key not in bad} | {k: v for k, v in (stand_ins or {}).items() if k in bad}
 
 
-def _problem(detail: ErrorDetails, run: RunFile) -> Problem:
-    message = detail["msg"].removeprefix("Value error, ")
-    if not detail["loc"]:  # a check of several keys together words its own message as "key: text"
-        key, _, text = message.partition(": ")
-        return Problem(run.where(key), key, text)
+def _problems(detail: ErrorDetails, run: RunFile) -> list[Problem]:
+    if not detail["loc"]:  # checks of several keys together word their own messages, "key: text" lines
+        lines = [line.partition(": ") for line in detail["msg"].removeprefix("Value error, ").split("\n")]
+        return [Problem(run.where(key), key, text) for key, _, text in lines]
     key = ".".join(str(part) for part in detail["loc"] if not str(part).startswith(("function-", "list[", "dict[")))
     if detail["type"] == "missing":
-        return Problem(str(run.path), key, "is required")
-    hint = ""
-    if detail["type"] == "literal_error":
-        hint = nearest(str(detail["input"]), [choice.strip(" '") for choice in detail["ctx"]["expected"].replace(" or ", ", ").split(",")])
-    return Problem(run.where(key), key, f"{detail['input']!r} is not valid: {message}.{hint}")
+        return [Problem(str(run.path), key, "is required")]
+    return [Problem(run.where(key), key, wording(detail))]

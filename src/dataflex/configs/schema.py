@@ -42,13 +42,16 @@ class DataflexConfig(BaseModel):
 
     @model_validator(mode="after")
     def _consistent(self) -> DataflexConfig:
+        problems = []
         if self.train_type != "static" and self.component_name is None:
-            raise ValueError(f"component_name: is required with train_type: {self.train_type}")
+            problems.append(f"component_name: is required with train_type: {self.train_type}; `dataflex-cli components` lists the algorithms")
         if 0 < self.train_step < self.warmup_step:
-            raise ValueError(
+            problems.append(
                 f"warmup_step: is {self.warmup_step} but train_step, which includes the warm-up, is {self.train_step}; "
                 "the algorithm would never set in. Allowed: warmup_step <= train_step"
             )
+        if problems:
+            raise ValueError("\n".join(problems))
         return self
 
 

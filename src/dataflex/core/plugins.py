@@ -5,11 +5,12 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import sys
+import traceback
 from collections.abc import Sequence
 from importlib.metadata import entry_points
 from pathlib import Path
 
-from dataflex.errors import ConfigError, Problem
+from dataflex.errors import ConfigError, DataflexError, Problem
 from dataflex.utils.seeding import derive_seed
 
 ENTRY_POINT_GROUP = "dataflex.components"
@@ -35,7 +36,7 @@ def load_plugins(plugins: Sequence[str] = (), *, base: Path | None = None, where
     for entry_point in entry_points(group=ENTRY_POINT_GROUP):
         _guarded(where, entry_point.value, entry_point.load)
     for plugin in plugins:
-        _guarded(where, plugin, lambda plugin=plugin: _import(plugin, base or Path.cwd()))
+        _guarded(where, plugin, lambda plugin=plugin: _import(plugin, base or Path.cwd(), where))
 
 
 def _guarded(where: str, plugin: str, load: object) -> None:
@@ -43,18 +44,28 @@ def _guarded(where: str, plugin: str, load: object) -> None:
         load()  # type: ignore[operator]
     except ConfigError:
         raise
-    except Exception as error:
-        raise ConfigError(Problem(where, "plugins", f"'{plugin}' failed on import: {type(error).__name__}: {error}")) from error
+    except DataflexError as error:
+        raise ConfigError(Problem(where, "plugins", f"'{plugin}' cannot be used: {error}")) from error
+    except (Exception, SystemExit) as error:
+        place = "" if isinstance(error, SyntaxError) else _place(error, plugin)
+        raise ConfigError(Problem(where, "plugins", f"'{plugin}' failed on import: {type(error).__name__}: {error}{place}")) from error
 
 
-def _import(plugin: str, base: Path) -> None:
+def _place(error: BaseException, plugin: str) -> str:
+    """Line of the plugin's own file where it failed, or nothing when the failure is elsewhere."""
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if Path(frame.filename).name == Path(plugin).name]
+    return f" (line {frames[-1].lineno})" if frames else ""
+
+
+def _import(plugin: str, base: Path, where: str) -> None:
     if not (plugin.endswith(".py") or "/" in plugin):
         importlib.import_module(plugin)
         return
     candidates = [base / plugin, Path.cwd() / plugin]
     path = next((path.resolve() for path in candidates if path.is_file()), None)
     if path is None:
-        raise ConfigError(Problem("", "plugins", f"no file '{plugin}' in {' or '.join(str(c.parent) for c in candidates)}"))
+        folders = dict.fromkeys(str(candidate.parent) for candidate in candidates)
+        raise ConfigError(Problem(where, "plugins", f"no file '{plugin}' in {' or '.join(folders)}"))
     name = f"dataflex_plugin_{path.stem}_{derive_seed(str(path)):x}"
     if name in sys.modules:
         return

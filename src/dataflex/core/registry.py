@@ -12,6 +12,7 @@ from typing import Any, TypeVar, get_type_hints
 
 from pydantic import PydanticSchemaGenerationError, PydanticUserError, TypeAdapter, ValidationError
 
+from dataflex.configs.values import wording
 from dataflex.errors import ComponentError, Problem, listing, nearest
 
 KINDS = ("weighter", "selector", "mixer", "reorder")
@@ -133,7 +134,7 @@ def _check_value(name: str, parameter: inspect.Parameter, value: Any) -> list[Pr
     try:
         _adapter(parameter).validate_python(value)
     except ValidationError as error:
-        return [Problem("", name, f"{value!r} is not valid: {detail['msg']}") for detail in error.errors(include_url=False)]
+        return [Problem("", name, wording(detail)) for detail in error.errors(include_url=False)]
     return []
 
 
