@@ -4,7 +4,9 @@ VENV ?= .venv
 CONSTRAINTS ?= constraints.txt
 export HF_HUB_OFFLINE = 1
 
-.PHONY: demo test check format docs clean
+LLAMAFACTORY_VENV ?= .venv-llamafactory
+
+.PHONY: demo test test-llamafactory check format docs clean
 
 $(VENV)/installed: pyproject.toml $(CONSTRAINTS)
 	$(PYTHON) -m venv $(VENV)
@@ -21,6 +23,15 @@ demo: $(VENV)/installed
 test: $(VENV)/installed-dev
 	$(VENV)/bin/python -m pytest
 
+# LLaMA-Factory excludes current TRL, hence an environment of its own. It is made anew only when its constraints change.
+$(LLAMAFACTORY_VENV)/installed: constraints-llamafactory.txt pyproject.toml
+	$(PYTHON) -m venv $(LLAMAFACTORY_VENV)
+	$(LLAMAFACTORY_VENV)/bin/python -m pip install --quiet --constraint constraints-llamafactory.txt --editable ".[llamafactory,test]"
+	touch $@
+
+test-llamafactory: $(LLAMAFACTORY_VENV)/installed
+	$(LLAMAFACTORY_VENV)/bin/python -m pytest tests/llamafactory tests/train tests/functional tests/core
+
 check: $(VENV)/installed-dev
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
@@ -34,4 +45,4 @@ docs: $(VENV)/installed-dev
 	$(VENV)/bin/python -m dataflex.cli reference > docs/reference.md
 
 clean:
-	rm -rf $(VENV) demo_output build dist
+	rm -rf $(VENV) $(LLAMAFACTORY_VENV) demo_output build dist

@@ -9,6 +9,7 @@ import json
 import os
 import signal
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +23,11 @@ from dataflex.testing.distributed import run_distributed
 from dataflex.testing.tiny import pad_collator, tiny_model, tiny_rows, tiny_tokenizer
 from dataflex.utils.distributed import leave
 
+# The Trainers that DataFlex is put in front of, in the environment at hand: LLaMA-Factory excludes current TRL.
+HOSTS = ["trainer", "llamafactory"] if find_spec("llamafactory") else ["trainer", "sft"]
+
 DEFAULTS: dict[str, Any] = {
-    "host": "trainer",  # or "sft"
+    "host": "trainer",
     "component": None,  # None: the host alone
     "params": {},
     "dataflex": {},
@@ -117,6 +121,14 @@ def make_trainer(spec: dict[str, Any], out: str):
             dataset_kwargs={"skip_prepare_dataset": spec["packing"] != "packing"},
         )
         kwargs["processing_class"] = tiny_tokenizer()
+    elif spec["host"] == "llamafactory":
+        from llamafactory.hparams import FinetuningArguments
+        from llamafactory.hparams import TrainingArguments as LlamaFactoryArguments
+        from llamafactory.train.sft.trainer import CustomSeq2SeqTrainer
+
+        base = CustomSeq2SeqTrainer
+        kwargs["args"] = LlamaFactoryArguments(**common)
+        kwargs |= {"finetuning_args": FinetuningArguments(), "processor": None, "tokenizer": tiny_tokenizer(), "data_collator": pad_collator}
     else:
         kwargs["args"] = TrainingArguments(**common)
         kwargs["data_collator"] = pad_collator

@@ -1,13 +1,13 @@
 """With equal weights DataFlex gives what the host gives; before `warmup_step` the loss has the scale it has after it."""
 
 import pytest
-from harness import relative, run
+from harness import HOSTS, relative, run
 
 EQUAL = {"rows": 16, "lengths": [12, 12], "batch": 4, "accumulation": 2, "epochs": 2, "optim": "adamw_torch"}
 UNEQUAL = {**EQUAL, "lengths": [6, 24], "rows": 19}
 
 
-@pytest.mark.parametrize("host", ["trainer", "sft"])
+@pytest.mark.parametrize("host", HOSTS)
 @pytest.mark.parametrize(("component", "params"), [("loss", {"strategy": "uniform"}), ("dft", {"power": 0}), ("focal", {"gamma": 0})])
 def test_equal_weights_on_equally_long_samples_give_the_hosts_bits(tmp_path, host, component, params):
     spec = {**EQUAL, "host": host}
@@ -18,7 +18,7 @@ def test_equal_weights_on_equally_long_samples_give_the_hosts_bits(tmp_path, hos
     assert plain.logged("loss", "grad_norm") == weighted.logged("loss", "grad_norm")
 
 
-@pytest.mark.parametrize("host", ["trainer", "sft"])
+@pytest.mark.parametrize("host", HOSTS)
 def test_token_normalization_gives_the_hosts_bits_on_unequal_lengths_and_a_ragged_epoch_end(tmp_path, host):
     spec = {**UNEQUAL, "host": host}
     plain = run(spec, tmp_path / "plain")
@@ -34,7 +34,7 @@ def test_projecting_targets_only_changes_nothing_but_rounding(tmp_path):
     assert relative(targets.gradients[0], full.gradients[0]) < 1e-6
 
 
-@pytest.mark.parametrize("host", ["trainer", "sft"])
+@pytest.mark.parametrize("host", HOSTS)
 @pytest.mark.parametrize("component", ["loss", "custom", "dft"])
 def test_warmup_has_the_scale_of_equal_weights(tmp_path, host, component):
     warmup = run({**UNEQUAL, "host": host, "component": component, "dataflex": {"warmup_step": 100}}, tmp_path / "warmup")
@@ -52,7 +52,7 @@ def test_weights_change_the_gradient_after_warmup(tmp_path):
     assert relative(switched.gradients[1], plain.gradients[1]) > 1e-2
 
 
-@pytest.mark.parametrize("host", ["trainer", "sft"])
+@pytest.mark.parametrize("host", HOSTS)
 def test_label_smoothing_stays(tmp_path, host):
     spec = {**EQUAL, "host": host, "args": {"label_smoothing_factor": 0.1}}
     plain = run(spec, tmp_path / "plain")

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
-from harness import run, train
+from harness import HOSTS, run, train
 
 from dataflex.core.state import newest_complete_checkpoint
 from dataflex.errors import ResumeError
@@ -47,21 +47,13 @@ def test_resume_at_every_step(tmp_path, name):
         same(resumed, whole)
 
 
-@pytest.mark.parametrize("host", ["trainer", "sft"])
+@pytest.mark.parametrize("host", HOSTS)
 @pytest.mark.parametrize("lora", [False, True])
 @pytest.mark.parametrize("accumulation", [1, 2])
 def test_resume_of_hosts_and_adapters(tmp_path, host, lora, accumulation):
     spec = {**SPEC, "host": host, "lora": lora, "accumulation": accumulation, "component": "loss", "params": {"scope": "ema"}}
     whole = run(spec, tmp_path / "whole")
     resumed = run({**spec, "resume": str(tmp_path / "whole" / "checkpoint-3")}, tmp_path / "resumed")
-    same(resumed, whole)
-
-
-@pytest.mark.parametrize("packing", ["packing", "padding_free"])
-def test_resume_of_packed_rows(tmp_path, packing):
-    spec = {**SPEC, "host": "sft", "packing": packing, "rows": 30, "component": "loss"}
-    whole = run(spec, tmp_path / "whole")
-    resumed = run({**spec, "resume": str(tmp_path / "whole" / "checkpoint-2")}, tmp_path / "resumed")
     same(resumed, whole)
 
 

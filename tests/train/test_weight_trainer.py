@@ -5,7 +5,7 @@ import textwrap
 
 import pytest
 import torch
-from harness import SPEC_EQUAL, make_trainer, relative, run
+from harness import HOSTS, SPEC_EQUAL, make_trainer, relative, run
 from transformers import Trainer, TrainingArguments
 
 from dataflex import DataflexConfig, SampleWeighter, TokenWeighter, Weighter, WeightTrainer
@@ -159,7 +159,7 @@ def test_evaluation_is_never_weighted(tmp_path):
 # ------------------------------------------------------------------------------------------------ laws of every weighter
 
 
-@pytest.mark.parametrize("host", ["trainer", "sft"])
+@pytest.mark.parametrize("host", HOSTS)
 @pytest.mark.parametrize("name", REGISTRY.names("weighter"))
 def test_every_weighter_trains_and_logs_its_weights(tmp_path, host, name):
     result = run({"host": host, "component": name, "rows": 12, "batch": 4, "domains": 3}, tmp_path)
@@ -294,11 +294,6 @@ def test_hosts_that_would_give_wrong_results_are_refused(tmp_path):
     arguments.max_steps = 1
     with pytest.raises(ConfigError, match="streaming data set"):
         WeightTrainer.over(Trainer)(**{**common, "train_dataset": Stream()}, dataflex={"component_name": "loss"})
-
-
-def test_dft_loss_of_trl_is_refused(tmp_path):
-    with pytest.raises(ConfigError, match="component_name: dft"):
-        make_trainer({"host": "sft", "component": "loss", "args": {"loss_type": "dft"}}, str(tmp_path))
 
 
 def test_a_component_that_needs_evaluation_data(tmp_path):

@@ -53,6 +53,18 @@ def start_output_dir(run: RunFile, output_dir: str, *, seed: int, overwrite: boo
     )
 
 
+def record_run(run: RunFile, *, seed: int, overwrite: bool) -> Any:
+    """A callback that calls `start_output_dir` on the main process once data and model are known to be in order, before the first step."""
+    from transformers import TrainerCallback
+
+    class RecordRun(TrainerCallback):
+        def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if state.is_world_process_zero:
+                start_output_dir(run, str(args.output_dir), seed=seed, overwrite=overwrite)
+
+    return RecordRun()
+
+
 def finish(trainer: Any, result: Any, *, plot: bool) -> None:
     """Save model or adapter, tokenizer, trainer_state.json and all_results.json; evaluate if there is evaluation data."""
     trainer.save_model()

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Container
+from collections.abc import Container
 from typing import TYPE_CHECKING, Any
 
 from dataflex.backends.data import DatasetSpec, Encoded, encode_sft, encode_text
 from dataflex.backends.options import TrlOptions
 from dataflex.backends.templates import resolve_template
-from dataflex.backends.trl_checks import Checked, model_path, resume_value
+from dataflex.backends.trl_checks import Checked, check, model_path, resume_value, summary
 from dataflex.configs.loading import RunFile
 from dataflex.core.state import newest_complete_checkpoint
 from dataflex.errors import ConfigError, Problem, ResumeError
 from dataflex.utils.logging import logger
+
+__all__ = ["check", "summary", "train"]
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -67,7 +69,7 @@ def train(run: RunFile, prepared: Checked) -> None:
     """Train, evaluate and write everything into `output_dir`."""
     from transformers import set_seed
 
-    from dataflex.backends.outputs import finish, start_output_dir
+    from dataflex.backends.outputs import finish, record_run
 
     options = prepared.options
     args = training_arguments(prepared.trainer_keys, options, run)
@@ -76,21 +78,9 @@ def train(run: RunFile, prepared: Checked) -> None:
         train_data, eval_data = load_data(prepared, tokenizer, args.seed)
         set_seed(args.seed)
         trainer = make_trainer(run, options, args, tokenizer, train_data, eval_data)
-    trainer.add_callback(_at_start(lambda: start_output_dir(run, str(args.output_dir), seed=args.seed, overwrite=options.overwrite_output_dir)))
+    trainer.add_callback(record_run(run, seed=args.seed, overwrite=options.overwrite_output_dir))
     result = trainer.train(resume_from_checkpoint=_checkpoint(args, static=run.dataflex.train_type == "static"))
     finish(trainer, result, plot=options.plot_loss)
-
-
-def _at_start(action: Callable[[], None]) -> Any:
-    """A callback that runs `action` on the main process once data and model are known to be in order, before the first step."""
-    from transformers import TrainerCallback
-
-    class AtStart(TrainerCallback):
-        def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            if state.is_world_process_zero:
-                action()
-
-    return AtStart()
 
 
 def make_trainer(run: RunFile, options: TrlOptions, args: SFTConfig, tokenizer: Any, train_data: Encoded, eval_data: Any) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import enum
+import math
 import os
 import types
 import typing
@@ -12,7 +13,7 @@ from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
-from dataflex.backends.data import DatasetSpec, find_datasets
+from dataflex.backends.data import DatasetSpec, find_datasets, load_rows
 from dataflex.backends.options import NOT_HONOURED, WITHOUT_EFFECT, TrlOptions
 from dataflex.backends.templates import resolve_template
 from dataflex.configs.loading import RunFile, checked
@@ -335,3 +336,37 @@ def model_path(name: str, run: RunFile) -> str:
 
 def _first_line(error: Exception) -> str:
     return str(error).strip().split("\n")[0]
+
+
+def _steps(rows: int, batch: int, keys: dict[str, Any]) -> int:
+    """Optimizer steps as the Trainer counts them from epochs."""
+    accumulation = keys.get("gradient_accumulation_steps", 1)
+    rounded = math.floor if keys.get("dataloader_drop_last") else math.ceil
+    micro_batches = rounded(rows / (batch // accumulation))
+    return math.ceil(max(math.ceil(micro_batches / accumulation), 1) * keys.get("num_train_epochs", 3))
+
+
+def summary(run: RunFile, checked: Checked) -> tuple[list[tuple[str, str]], int | None]:
+    """What the run will do, and its optimizer steps (None for packed rows, whose number is known only after tokenising)."""
+    from dataflex.backends.trl import held_out_rows
+
+    config, keys, options = run.dataflex, checked.trainer_keys, checked.options
+    rows = sum(len(load_rows(spec, options.max_samples)) for spec in checked.train)
+    with run.locating():
+        train_rows = rows - held_out_rows(rows, options.val_size)
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    batch = keys.get("per_device_train_batch_size", 8) * keys.get("gradient_accumulation_steps", 1) * world
+    fixed = config.train_step or (keys["max_steps"] if keys.get("max_steps", -1) > 0 else 0)
+    packed = options.packing or options.neat_packing or (options.stage == "pt" and options.packing is not False)
+    steps = fixed or _steps(train_rows, batch, keys)
+    about = "at most " if packed and not fixed else ""
+    warmup = f"{options.warmup_ratio:.0%} of the steps" if options.warmup_ratio else keys.get("warmup_steps", 0)
+    lines = [
+        ("model", f"{options.model_name_or_path}, {options.finetuning_type}, stage {options.stage}"),
+        ("data", f"{', '.join(options.dataset)}: {train_rows} rows"),
+        ("evaluation data", ", ".join(options.eval_dataset) or (f"{rows - train_rows} rows of the above" if options.val_size else "none")),
+        ("samples per step", f"{batch} ({world} process{'es' if world > 1 else ''})"),
+        ("optimizer steps", f"{about}{steps}, {steps * batch / max(train_rows, 1):.1f} passes over the data"),
+        ("warmup_steps", f"{warmup} (learning rate; not the same as warmup_step)"),
+    ]
+    return lines, None if about else steps

@@ -82,7 +82,7 @@ def _train(config: str, overrides: list[str]) -> None:
     if should_launch():
         check_run(config, overrides)  # a mistake is reported once, by this process
         raise typer.Exit(launch(["train", config, *overrides]))
-    from dataflex.backends import trl
+    from dataflex.backends import load_backend
     from dataflex.utils.distributed import leave
     from dataflex.utils.logging import logger, show_logs
 
@@ -90,7 +90,7 @@ def _train(config: str, overrides: list[str]) -> None:
     run, checked = check_run(config, overrides)
     for note in checked.notes:
         logger.warning(note)
-    trl.train(run, checked)
+    load_backend(run.dataflex.backend).train(run, checked)
     leave()
 
 

@@ -37,7 +37,9 @@ class DataflexConfig(BaseModel):
         "`false` computes all logits, with the very bits of ordinary training.",
     )
     allow_changed_resume: bool = Field(False, description="Resume although data, component or settings differ from those of the checkpoint.")
-    backend: Literal["auto", "trl"] = Field("auto", description="The library that trains; `auto` takes the one that is installed.")
+    backend: Literal["auto", "trl", "llamafactory"] = Field(
+        "auto", description="The library that trains; `auto` takes LLaMA-Factory where it is installed, else TRL."
+    )
     plugins: list[str] = Field(default_factory=list, description="Python files or modules with your own components.")
 
     @model_validator(mode="after")

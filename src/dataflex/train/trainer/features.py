@@ -99,6 +99,8 @@ def encode_rows(trainer: Any, causal_lm: Any, dataset: Any, pooling: str, max_ro
 
 def _accepted(rows: list[Any], trainer: Any) -> list[Any]:
     """Rows without the columns that the host's loaders would drop (names, domains, texts)."""
+    if not trainer.args.remove_unused_columns:
+        return rows
     trainer._set_signature_columns_if_needed()
     names = [*(trainer._signature_columns or []), *trainer.label_names, "seq_lengths"]
     return [{name: row[name] for name in row if name in names} for row in rows]

@@ -1,0 +1,159 @@
+"""LLaMA-Factory's YAML files plus DataFlex's keys: static is `llamafactory-cli train`, dynamic goes through the same workflow."""
+
+import json
+import os
+import subprocess
+import sys
+from importlib import import_module
+from pathlib import Path
+
+import pytest
+import yaml
+
+from dataflex.backends import llamafactory, load_backend
+from dataflex.cli.plan import check_run, plan
+from dataflex.errors import ConfigError
+
+DATA = Path(__file__).parents[2] / "examples" / "data"
+BASE = {
+    "stage": "sft",
+    "do_train": True,
+    "finetuning_type": "lora",
+    "dataset_dir": str(DATA),
+    "dataset": "arithmetic",
+    "template": "qwen",
+    "cutoff_len": 128,
+    "per_device_train_batch_size": 4,
+    "learning_rate": 1.0e-2,
+    "max_steps": 3,
+    "logging_steps": 1,
+    "report_to": "none",
+    "use_cpu": True,
+}
+WEIGHT = {"train_type": "dynamic_weight", "component_name": "loss", "warmup_step": 1, "train_step": 3}
+
+
+@pytest.fixture
+def write(tmp_path, model):
+    def write(**keys):
+        path = tmp_path / "config.yaml"
+        settings = {**BASE, "model_name_or_path": model, "output_dir": str(tmp_path / "out"), **keys}
+        path.write_text(yaml.safe_dump({key: value for key, value in settings.items() if value is not None}))
+        return path
+
+    return write
+
+
+def train(path, overrides=()):
+    run, prepared = check_run(path, overrides)
+    load_backend(run.dataflex.backend).train(run, prepared)
+    return history(run.backend["output_dir"])
+
+
+def history(out):
+    entries = json.loads((Path(out) / "trainer_state.json").read_text())["log_history"]
+    return [entry for entry in entries if "loss" in entry]
+
+
+def test_it_is_the_backend_here():
+    assert load_backend("auto") is llamafactory
+
+
+def test_static_gives_the_losses_of_llamafactory_cli(write, tmp_path):
+    ours = train(write())
+    out = tmp_path / "theirs"
+    command = [sys.executable, "-c", "from llamafactory.train.tuner import run_exp; run_exp()", str(write(output_dir=str(out)))]
+    subprocess.run(command, check=True, capture_output=True, env={**os.environ, "CUDA_VISIBLE_DEVICES": ""})
+    assert [entry["loss"] for entry in ours] == [entry["loss"] for entry in history(out)]
+
+
+@pytest.mark.parametrize(
+    "keys", [{}, {"finetuning_type": "full"}, {"neat_packing": True}, {"packing": True}, {"dataset": "arithmetic,arithmetic_clean"}]
+)
+def test_dynamic_weight_trains(write, keys):
+    log = train(write(**WEIGHT, max_steps=None, **keys))
+    assert len(log) == 3
+    assert log[1]["dataflex/weight_max"] > 1 > log[1]["dataflex/weight_min"] > 0
+
+
+def test_pretraining_and_evaluation_data(write, tmp_path):
+    keys = {"stage": "pt", "dataset": "notes", "val_size": 0.3, "eval_strategy": "steps", "eval_steps": 3, "component_name": "adapt"}
+    log = train(write(**{**WEIGHT, **keys}, max_steps=None))
+    assert log[2]["dataflex/effective_sample_size"] < 1
+    assert (tmp_path / "out" / "dataflex" / "run.yaml").is_file()
+
+
+def test_equal_weights_per_token_give_the_static_losses(write, tmp_path):
+    static = train(write())
+    keys = {"component_params": {"strategy": "uniform"}, "loss_normalization": "token", "project_targets_only": False}
+    ours = train(write(**WEIGHT, **keys, output_dir=str(tmp_path / "dynamic")))
+    assert [entry["loss"] for entry in ours] == [entry["loss"] for entry in static]
+
+
+def test_mask_history_and_train_on_prompt_reach_the_labels(write, tmp_path):
+    answers = train(write(**WEIGHT))
+    everything = train(write(**WEIGHT, train_on_prompt=True, output_dir=str(tmp_path / "prompt")))
+    assert answers[0]["loss"] != everything[0]["loss"]
+
+
+def test_resume_gives_the_same_bits(write, tmp_path):
+    from safetensors.torch import load_file
+
+    keys = {**WEIGHT, "save_steps": 1, "component_params": {"scope": "ema"}}
+    whole = train(write(**keys, output_dir=str(tmp_path / "whole")))
+    for name in ("checkpoint-3", "checkpoint-2"):
+        (tmp_path / "whole" / name / "trainer_state.json").unlink()  # as if it had been killed
+    resumed = train(write(**keys, output_dir=str(tmp_path / "whole")))
+    assert [entry["loss"] for entry in whole] == [entry["loss"] for entry in resumed]
+    first, second = (load_file(tmp_path / "whole" / name / "adapter_model.safetensors") for name in ("", "checkpoint-3"))
+    assert all(first[name].equal(second[name]) for name in first)
+
+
+def test_the_trainer_class_is_put_back(write):
+    module = import_module("llamafactory.train.sft.workflow")
+    before = module.CustomSeq2SeqTrainer
+    train(write(**WEIGHT))
+    assert module.CustomSeq2SeqTrainer is before
+
+
+@pytest.mark.parametrize("stage", llamafactory.TRAINERS)
+def test_the_names_we_replace_exist(stage):
+    module, name = llamafactory.TRAINERS[stage]
+    assert isinstance(getattr(import_module(module), name), type)
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"stage": "dpo", **WEIGHT}, "stage: dpo cannot be combined with train_type: dynamic_weight; allowed: pt, sft"),
+        ({"lora_rnak": 4}, "lora_rnak: is not a key of LLaMA-Factory. Did you mean 'lora_rank'?"),
+        ({"warmup_stpe": 4}, "warmup_stpe: is not a key of LLaMA-Factory. Did you mean 'warmup_step'?"),
+        ({"dataset": "arithmetik"}, "has no data set 'arithmetik'. Did you mean 'arithmetic'?"),
+        ({"dataset": None}, "dataset: is required"),
+        ({"dataset_dir": "nowhere"}, "dataset_dir: 'nowhere/dataset_info.json' does not exist"),
+        ({**WEIGHT, "max_steps": 7}, "train_step: is 3 but max_steps is 7"),
+        ({**WEIGHT, "component_name": "adapt"}, "set eval_dataset or val_size"),
+        ({"save_strategy": "sometimes"}, "sometimes"),
+    ],
+)
+def test_mistakes_are_found_before_training(write, tmp_path, keys, message):
+    with pytest.raises(ConfigError) as error:
+        check_run(write(**keys))
+    assert message in str(error.value)
+    assert not (tmp_path / "out").exists()
+
+
+def test_validate_prints_a_plan(write):
+    lines = dict(plan(*check_run(write(**WEIGHT))))
+    assert lines["backend"] == "llamafactory" and lines["optimizer steps"] == "3"
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+def test_two_processes_from_one_command(write, tmp_path):
+    env = {**os.environ, "FORCE_TORCHRUN": "1", "NPROC_PER_NODE": "2", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    keys = {**WEIGHT, "component_params": {"scope": "window"}, "ddp_backend": "gloo"}
+    command = [sys.executable, "-m", "dataflex.cli", "train"]
+    subprocess.run([*command, str(write(**keys, per_device_train_batch_size=2, output_dir=str(tmp_path / "two")))], check=True, env=env)
+    one = train(write(**keys, output_dir=str(tmp_path / "one")))
+    assert [entry["loss"] for entry in history(tmp_path / "two")] == pytest.approx([entry["loss"] for entry in one], rel=1e-5)
