@@ -124,10 +124,21 @@ def _component_section(kind: str, name: str) -> str:
     lines = [f"### {kind} `{name}`\n", (inspect.getdoc(cls) or "").split("\n")[0] + "\n"]
     if cls.needs_eval_dataset:
         lines.append("Needs evaluation data (`eval_dataset` or `val_size`).\n")
-    lines += ["| parameter | type | default |", "| --- | --- | --- |"]
+    about = _parameter_help(cls)
+    lines += ["| parameter | type | default | meaning |", "| --- | --- | --- | --- |"]
     for key, parameter in settings_of(cls).items():
-        lines.append(_row(f"`{key}`", type_name(parameter.annotation), f"`{_default(parameter)}`"))
+        lines.append(_row(f"`{key}`", type_name(parameter.annotation), f"`{_default(parameter)}`", about.get(key, "")))
     return "\n".join(lines) + "\n"
+
+
+def _parameter_help(cls: type) -> dict[str, str]:
+    """Parameter descriptions from the "Args" of the constructors' docstrings, the class's own before its bases'."""
+    about: dict[str, str] = {}
+    for base in cls.__mro__:
+        _, _, text = (inspect.getdoc(base.__dict__.get("__init__")) or "").partition("Args:\n")
+        for name, words in re.findall(r"^ {4}(\w+): (.*(?:\n {8}.*)*)", text, flags=re.MULTILINE):
+            about.setdefault(name, " ".join(words.split()))
+    return about
 
 
 def _row(*cells: str) -> str:

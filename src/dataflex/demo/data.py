@@ -1,4 +1,4 @@
-"""The demo's folder: a small Llama from scratch, data sets of which one has wrong answers throughout, and a training file."""
+"""The demo's folder: a small Llama, data sets of which one has wrong answers throughout, and a training file."""
 
 from __future__ import annotations
 
@@ -7,28 +7,29 @@ import random
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 import yaml
 
 from dataflex.errors import DataflexError
+from dataflex.testing.tiny import tiny_model, tiny_tokenizer
 from dataflex.utils.files import write_text_atomically
 
 Row = dict[str, str]
 
-CORRUPTED_SHARE = 0.3  # of the training rows
-EASY_SHARE = 0.2
+CORRUPTED_SHARE, EASY_SHARE = 0.3, 0.2  # of the training rows
 LETTERS = "abcdefghijkl"
 WIDTH = 6  # letters in every answer: with equal lengths, weighting by sample and by token agree
 DOMAINS = ("easy", "clean", "corrupted")
 
-_MARKER = ".dataflex-demo"
-_OWN = ("data", "model", "runs", "logs", "train.yaml", "demo.png")
+_MARKER = ".made-by-dataflex-demo"
+_OWN = ("data", "model", "runs", "train.yaml", "demo.png", "demo.log")
 
 
 @dataclass(frozen=True)
 class Size:
-    """How much the demo trains. Every run has the same steps, of which weighted runs spend `warmup` with weights of 1."""
+    """How much is trained, the same in every run; `warmup` of the steps have weight 1 in the weighted runs too."""
 
     steps: int = 600
     rows: int = 6000
@@ -39,6 +40,7 @@ class Size:
 
     @property
     def logging(self) -> int:
+        """Steps between log lines. `warmup` is a multiple, so that no log line mixes both phases."""
         return max(1, self.steps // 30)
 
     @property
@@ -47,13 +49,107 @@ class Size:
 
 
 def make_rows(number: int, held_out: int, seed: int = 0) -> dict[str, list[Row]]:
-    """Training rows by data set, `number` in all, and `held_out` rows of the sorting task with right answers that are not among them."""
+    """Training rows by data set, `number` in all, and `held_out` sorting tasks with right answers that are not among them."""
     rng = random.Random(seed)
-    corrupted, easy = round(number * CORRUPTED_SHARE), round(number * EASY_SHARE)
+    easy, corrupted = round(number * EASY_SHARE), round(number * CORRUPTED_SHARE)
     tasks = _sorting_tasks(rng)
     return {
         "easy": [_counting_row(rng) for _ in range(easy)],
-        "clean": [_row(f"Sort {task}", "".join(sorted(task))) for task, _ in zip(tasks, range(number - easy - corrupted), strict=False)],
-        "corrupted": [_row(f"Sort {task}", _wrong_answer(task, rng)) for task, _ in zip(tasks, range(corrupted), strict=False)],
-        "held_out": [_row(f"Sort {task}", "".join(sorted(task))) for task, _ in zip(tasks, range(held_out), strict=False)],
+        "clean": [_row(f"Sort {task}", _sorted(task)) for task in islice(tasks, number - easy - corrupted)],
+        "corrupted": [_row(f"Sort {task}", _wrong_answer(task, rng)) for task in list(islice(tasks, corrupted))],
+        "held_out": [_row(f"Sort {task}", _sorted(task)) for task in islice(tasks, held_out)],
+    }
+
+
+def _row(instruction: str, output: str) -> Row:
+    return {"instruction": instruction, "input": "", "output": output}
+
+
+def _sorted(letters: str) -> str:
+    return "".join(sorted(letters))
+
+
+def _counting_row(rng: random.Random) -> Row:
+    start = rng.randrange(len(LETTERS))
+    return _row(f"Count from {LETTERS[start]}", "".join(LETTERS[(start + k) % len(LETTERS)] for k in range(WIDTH)))
+
+
+def _sorting_tasks(rng: random.Random) -> Iterator[str]:
+    """Different letters in random order; no task comes twice."""
+    seen: set[str] = set()
+    while True:
+        task = "".join(rng.sample(LETTERS, WIDTH))
+        if task not in seen:
+            seen.add(task)
+            yield task
+
+
+def _wrong_answer(task: str, rng: random.Random) -> str:
+    """The right answer to another task: it looks like an answer, and is none to this one."""
+    while (answer := _sorted("".join(rng.sample(LETTERS, WIDTH)))) == _sorted(task):
+        pass
+    return answer
+
+
+# ---- The folder -------------------------------------------------------------------------------------------------------------------------------
+
+
+def make_folder(folder: Path, size: Size) -> Path:
+    """Fill `folder` with model, data and training file; returns the latter. An earlier demo's files are replaced.
+
+    Raises:
+        DataflexError: the folder holds something else.
+    """
+    claim(folder)
+    tiny_tokenizer().save_pretrained(folder / "model")
+    tiny_model(hidden_size=size.hidden, intermediate_size=4 * size.hidden, num_hidden_layers=size.layers).save_pretrained(folder / "model")
+    rows = make_rows(size.rows, size.held_out)
+    for name, part in rows.items():
+        write_text_atomically(folder / "data" / f"{name}.jsonl", "".join(json.dumps(row) + "\n" for row in part))
+    write_text_atomically(folder / "data" / "dataset_info.json", json.dumps({name: {"file_name": f"{name}.jsonl"} for name in rows}, indent=2))
+    write_text_atomically(folder / "train.yaml", _HEADER + yaml.safe_dump(settings(size), sort_keys=False))
+    return folder / "train.yaml"
+
+
+def claim(folder: Path) -> None:
+    """Make `folder` the demo's own, without an earlier demo's files."""
+    if folder.exists() and not folder.is_dir():
+        raise DataflexError(f"'{folder}' is a file; name a folder with --output")
+    if folder.is_dir() and any(folder.iterdir()) and not (folder / _MARKER).is_file():
+        raise DataflexError(f"'{folder}' holds files that are not the demo's; name another folder with --output")
+    for path in (folder / name for name in _OWN):
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
+    write_text_atomically(folder / _MARKER, "The next demo replaces its files in this folder.\n")
+
+
+_HEADER = "# Written by `python -m dataflex.demo`, which trains it several times with the overrides that it prints.\n"
+
+
+def settings(size: Size) -> dict[str, object]:
+    """The training file: static training. Every method is this file with other values of its last keys."""
+    return {
+        "model_name_or_path": "model",
+        "train_from_scratch": True,
+        "stage": "sft",
+        "finetuning_type": "full",
+        "dataset_dir": "data",
+        "dataset": ",".join(DOMAINS),
+        "eval_dataset": "held_out",
+        "cutoff_len": 64,
+        "per_device_train_batch_size": size.batch,
+        "per_device_eval_batch_size": 128,
+        "learning_rate": 2e-3,
+        "lr_scheduler_type": "cosine",
+        "warmup_steps": size.steps // 20,
+        "max_steps": size.steps,
+        "logging_steps": size.logging,
+        "save_strategy": "no",
+        "report_to": "none",
+        "use_cpu": True,
+        "disable_gradient_checkpointing": True,
+        "train_type": "static",
+        "warmup_step": size.warmup,
     }

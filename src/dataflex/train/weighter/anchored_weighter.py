@@ -38,7 +38,7 @@ class AnchoredWeighter(PopulationWeighter):
             refresh_steps: optimizer steps between two computations of the target.
             max_anchors: evaluation rows to use, the first ones; all by default.
             pooling: how hidden states become a feature: weighted_mean (by position), mean or last.
-            scope: see `PopulationWeighter`.
+            scope: samples that are compared with each other, over all ranks: those of a `micro`-batch, or of the optimizer step (`window`).
         """
         super().__init__(scope=scope, **kwargs)
         self.refresh_steps, self.max_anchors, self.pooling = refresh_steps, max_anchors, pooling

@@ -165,6 +165,10 @@ class PopulationWeighter(SampleWeighter):
     """
 
     def __init__(self, *, scope: Scope = "micro", **kwargs: Any):
+        """
+        Args:
+            scope: samples that are compared with each other, over all ranks: those of a `micro`-batch, or of the optimizer step (`window`).
+        """
         super().__init__(**kwargs)
         self.scope = scope
         self._window: torch.Tensor | None = None
