@@ -30,7 +30,7 @@ $(LLAMAFACTORY_VENV)/installed: constraints-llamafactory.txt pyproject.toml
 	touch $@
 
 test-llamafactory: $(LLAMAFACTORY_VENV)/installed
-	$(LLAMAFACTORY_VENV)/bin/python -m pytest tests/llamafactory tests/train tests/functional tests/core
+	$(LLAMAFACTORY_VENV)/bin/python -m pytest tests/backend_llamafactory tests/train tests/functional tests/core
 
 check: $(VENV)/installed-dev
 	$(VENV)/bin/ruff check .

@@ -108,7 +108,7 @@ def test_joint_update_weights_satisfy_their_fixed_point(n, beta, tau, seed):
     generator = torch.Generator().manual_seed(seed)
     features = torch.nn.functional.normalize(torch.randn(n, 5, generator=generator), dim=1)
     target = torch.nn.functional.normalize(torch.randn(5, generator=generator), dim=0)
-    share = joint_update_weights(features, target, beta=beta, tau=tau, max_iterations=5000, tolerance=0) / n
+    share = joint_update_weights(features, target, beta=beta, tau=tau, max_iterations=20000, tolerance=1e-9) / n
     fixed = torch.softmax((features @ target - beta * (features @ features.T @ share)) / tau, 0)
     assert torch.allclose(share, fixed, atol=1e-4)
 

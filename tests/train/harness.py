@@ -9,7 +9,6 @@ import json
 import os
 import signal
 import sys
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +18,13 @@ from safetensors.torch import load_file, save_file
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from dataflex import WeightTrainer
+from dataflex.backends import installed
 from dataflex.testing.distributed import run_distributed
 from dataflex.testing.tiny import pad_collator, tiny_model, tiny_rows, tiny_tokenizer
 from dataflex.utils.distributed import leave
 
 # The Trainers that DataFlex is put in front of, in the environment at hand: LLaMA-Factory excludes current TRL.
-HOSTS = ["trainer", "llamafactory"] if find_spec("llamafactory") else ["trainer", "sft"]
+HOSTS = ["trainer", "llamafactory"] if installed("llamafactory") else ["trainer", "sft"]
 
 DEFAULTS: dict[str, Any] = {
     "host": "trainer",

@@ -23,7 +23,13 @@ def backend_name(name: str) -> str:
     """`auto` is LLaMA-Factory where it is installed, since it and current TRL exclude each other, and TRL elsewhere."""
     if name != "auto":
         return name
-    return "llamafactory" if find_spec("llamafactory") is not None else "trl"
+    return "llamafactory" if installed("llamafactory") else "trl"
+
+
+def installed(package: str) -> bool:
+    """Whether a package is there; a mere folder of that name on the path is not."""
+    spec = find_spec(package)
+    return spec is not None and spec.origin is not None
 
 
 def load_backend(name: str) -> ModuleType:
@@ -33,7 +39,7 @@ def load_backend(name: str) -> ModuleType:
         ConfigError: a package it needs is not installed.
     """
     chosen = backend_name(name)
-    missing = [package for package in REQUIRES[chosen] if find_spec(package) is None]
+    missing = [package for package in REQUIRES[chosen] if not installed(package)]
     if missing:
         raise ConfigError(Problem("", "backend", f"needs {', '.join(missing)}, which is not installed: pip install 'dataflex[{chosen}]'"))
     return import_module(f"dataflex.backends.{chosen}")

@@ -238,7 +238,8 @@ class DynamicTrainer(Trainer):
             raise TrainingError(
                 f"no token of the {len(metas)} micro-batches at step {self.state.global_step} has a label: check cutoff_len and the prompt masking"
             )
-        totals = [torch.tensor(int(total), device=device) for total in (samples.sum(), targets.sum())]
+        # `full` fills on the device; `tensor` would copy from the CPU and wait for the GPU to catch up.
+        totals = [torch.full((), int(total), dtype=torch.int64, device=device) for total in (samples.sum(), targets.sum())]
         return OptimizerStep(batches, metas, samples, targets, num_samples=totals[0], num_targets=totals[1])
 
     # ---------------------------------------------------------------- what components may use

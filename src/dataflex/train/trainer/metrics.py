@@ -35,7 +35,7 @@ class WeightMetrics:
         if len(weights):
             self._range = torch.maximum(self._range, torch.stack([(-weights).max(), weights.max()]))
         if self.domains and domain_ids is not None:
-            member = torch.nn.functional.one_hot(domain_ids.to(device, non_blocking=True), len(self.domains)).double()
+            member = torch.nn.functional.one_hot(domain_ids, len(self.domains)).double().to(device, non_blocking=True)
             self._sums[len(_SUMS) :] += torch.cat([member.T @ weights, member.sum(0)])
 
     def merged(self) -> dict[str, list[float]] | None:

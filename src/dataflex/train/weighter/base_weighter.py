@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from dataflex.errors import ComponentError
-from dataflex.train.trainer.token_losses import MicroStep, per_sample_loss_from_logits
+from dataflex.train.trainer.token_losses import MicroStep, per_sample_loss_from_logits, segment_means
 
 Scope = Literal["micro", "window"]
 
@@ -214,7 +214,7 @@ class TokenWeighter(Weighter):
         weights = torch.where(torch.isfinite(losses), self.token_weights(losses), torch.zeros_like(losses))
         detached = weights.detach()
         if micro.meta.num_samples:
-            per_sample = torch.segment_reduce(detached, "mean", lengths=micro.meta.counts.to(detached.device))
+            per_sample = segment_means(detached, micro.meta.counts.to(detached.device))
             ctx.record_weights(per_sample, micro.sample_losses.detach())
         return micro.weight_tokens(weights)
 

@@ -101,16 +101,14 @@ class RunningScale:
     def end_step(self) -> None:
         losses = torch.cat(self._seen)
         self._seen = []
-        losses = losses[torch.isfinite(losses)]
-        if not len(losses):
-            return
-        limits = torch.stack([losses.min(), losses.max()])
-        if self.values is None:
-            self.values = torch.cat([limits, limits.new_zeros(1)])
-            self.values[2] = self._raw(losses, self.values).mean()
-            return
-        new = torch.cat([limits, self._raw(losses, self.values).mean()[None]])
-        self.values = self.decay * self.values + (1 - self.decay) * new
+        finite = torch.isfinite(losses)
+        limits = torch.stack([losses.masked_fill(~finite, math.inf).min(), losses.masked_fill(~finite, -math.inf).max()])
+        old = torch.cat([limits, limits.new_zeros(1)]) if self.values is None else self.values
+        raw = torch.where(finite, self._raw(losses, old), 0.0).sum() / finite.sum().clamp(min=1)
+        new = torch.cat([limits, raw[None]])
+        mixed = new if self.values is None else self.decay * old + (1 - self.decay) * new
+        unknown = limits.new_tensor([0.0, 1.0, 1.0]) if self.values is None else old
+        self.values = torch.where(finite.any(), mixed, unknown)  # a step without a finite loss changes nothing
 
     def _raw(self, losses: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
         # f <= delta (1 for quadratic): subtracting that keeps the exponential below 1 at any temperature.
