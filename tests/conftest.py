@@ -17,3 +17,16 @@ transformers.utils.logging.disable_progress_bar()
 def _in_an_empty_folder(tmp_path, monkeypatch):
     """Nothing a test writes without saying where may land in the repository."""
     monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture(autouse=True)
+def _components_of_one_test_only():
+    """What a test registers is gone after it."""
+    from dataflex.core.registry import REGISTRY
+
+    before = {kind: dict(classes) for kind, classes in REGISTRY._classes.items()}
+    yield
+    for kind, classes in REGISTRY._classes.items():
+        for name in set(classes) - set(before[kind]):
+            if not classes[name].__module__.startswith("dataflex."):
+                del classes[name]
