@@ -152,8 +152,10 @@ def test_validate_prints_a_plan(write):
 @pytest.mark.distributed
 def test_two_processes_from_one_command(write, tmp_path):
     env = {**os.environ, "FORCE_TORCHRUN": "1", "NPROC_PER_NODE": "2", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
-    keys = {**WEIGHT, "component_params": {"scope": "window"}, "ddp_backend": "gloo"}
+    keys = {**WEIGHT, "component_params": {"scope": "window"}}
     command = [sys.executable, "-m", "dataflex.cli", "train"]
-    subprocess.run([*command, str(write(**keys, per_device_train_batch_size=2, output_dir=str(tmp_path / "two")))], check=True, env=env)
+    subprocess.run(
+        [*command, str(write(**keys, ddp_backend="gloo", per_device_train_batch_size=2, output_dir=str(tmp_path / "two")))], check=True, env=env
+    )
     one = train(write(**keys, output_dir=str(tmp_path / "one")))
     assert [entry["loss"] for entry in history(tmp_path / "two")] == pytest.approx([entry["loss"] for entry in one], rel=1e-5)

@@ -269,6 +269,27 @@ def test_a_wrong_weighted_loss_is_an_error(tmp_path, returned, message):
         trainer_with(Wrong(), tmp_path).train()
 
 
+def test_a_state_that_cannot_be_saved_is_an_error_before_the_first_step(tmp_path):
+    class Wrong(Recording):
+        def state_dict(self):
+            return {"seen": torch.zeros(2), "table": {1, 2}}
+
+    weighter = Wrong()
+    with pytest.raises(ComponentError, match=r"state_dict\(\)\['table'\] cannot be saved .*set"):
+        trainer_with(weighter, tmp_path).train()
+    assert not weighter.seen
+
+
+def test_a_diverged_loss_does_not_stop_a_save(tmp_path):
+    class Nan(Weighter):
+        def get_weighted_loss(self, losses, *, ctx=None, model=None, inputs=None):
+            return losses.mean() * math.nan
+
+    trainer = trainer_with(Nan(), tmp_path, logging_nan_inf_filter=False, save_strategy="steps", save_steps=1, logging_steps=5)
+    trainer.train()
+    assert (tmp_path / "checkpoint-2" / "dataflex" / "state.json").is_file()
+
+
 def test_a_wrong_number_of_weights_is_an_error(tmp_path):
     class Wrong(SampleWeighter):
         def sample_weights(self, losses, *, ctx, model, inputs):

@@ -19,10 +19,12 @@ from dataflex.utils.files import write_text_atomically
 Row = dict[str, str]
 
 CORRUPTED_SHARE, EASY_SHARE = 0.3, 0.2  # of the training rows
-LETTERS = "abcdefghijkl"
-WIDTH = 6  # letters in every answer: with equal lengths, weighting by sample and by token agree
+LETTERS = "abcdefghijklmnop"
+WIDTH = 8  # letters in every answer: with equal lengths, weighting by sample and by token agree
 DOMAINS = ("easy", "clean", "corrupted")
 
+# Short, since every character is a token and costs time.
+_CHAT_TEMPLATE = "{% for message in messages %}{{ message['content'] }}<|im_end|>{% endfor %}"
 _MARKER = ".made-by-dataflex-demo"
 _OWN = ("data", "model", "runs", "train.yaml", "demo.png", "demo.log")
 
@@ -101,7 +103,7 @@ def make_folder(folder: Path, size: Size) -> Path:
         DataflexError: the folder holds something else.
     """
     claim(folder)
-    tiny_tokenizer().save_pretrained(folder / "model")
+    tiny_tokenizer(_CHAT_TEMPLATE).save_pretrained(folder / "model")
     tiny_model(hidden_size=size.hidden, intermediate_size=4 * size.hidden, num_hidden_layers=size.layers).save_pretrained(folder / "model")
     rows = make_rows(size.rows, size.held_out)
     for name, part in rows.items():
@@ -141,7 +143,7 @@ def settings(size: Size) -> dict[str, object]:
         "cutoff_len": 64,
         "per_device_train_batch_size": size.batch,
         "per_device_eval_batch_size": 128,
-        "learning_rate": 2e-3,
+        "learning_rate": 3e-3,
         "lr_scheduler_type": "cosine",
         "warmup_steps": size.steps // 20,
         "max_steps": size.steps,

@@ -22,8 +22,8 @@ def write_text_atomically(path: str | os.PathLike[str], text: str) -> None:
 
 
 def write_json_atomically(path: str | os.PathLike[str], value: Any) -> None:
-    """Write `value` as readable JSON; NaN and infinity, which JSON lacks, raise `ValueError`."""
-    write_text_atomically(path, json.dumps(value, indent=1, sort_keys=True, allow_nan=False, ensure_ascii=False) + "\n")
+    """Write `value` as readable JSON. NaN and infinity are written as Python's `json` reads them: a loss that diverged must not stop a save."""
+    write_text_atomically(path, json.dumps(value, indent=1, sort_keys=True, ensure_ascii=False) + "\n")
 
 
 def sha256(data: bytes) -> str:

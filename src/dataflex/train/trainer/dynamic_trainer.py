@@ -7,6 +7,7 @@ data set, collator, column rules and the order of each epoch, and is never itera
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cache
@@ -25,7 +26,7 @@ from dataflex.core.events import EventLog
 from dataflex.core.plugins import load_plugins
 from dataflex.core.registry import REGISTRY
 from dataflex.core.state import load_state, newest_complete_checkpoint, save_state
-from dataflex.errors import ConfigError, Problem, ResumeError, TrainingError
+from dataflex.errors import ComponentError, ConfigError, Problem, ResumeError, TrainingError
 from dataflex.train.data.fingerprint import dataset_fingerprint
 from dataflex.train.data.index_stream import IndexedRows, IndexStream, RankBatches
 from dataflex.train.data.sample_meta import META, BatchMeta, MetaCollator
@@ -208,6 +209,7 @@ class DynamicTrainer(Trainer):
         )
         self._batches = None
         self._settings = self._settings_for_resume(loader.dataset)
+        self._component_state()  # a state that cannot be saved is better known before the first step
         if self._resume is not None:
             self._restore(self._resume)
         return loader
@@ -313,12 +315,11 @@ class DynamicTrainer(Trainer):
         """Everything beyond the host's own checkpoint. All ranks must call: pending metrics are gathered."""
         logged = hosts.logging_state(self)
         losses = gather_rows(torch.tensor([logged["loss"]], dtype=torch.float64))[:, 0].tolist()
-        saved = self.component.state_dict() if hasattr(self.component, "state_dict") else {}
-        tensors = {name: value for name, value in saved.items() if torch.is_tensor(value)}
+        values, tensors = self._component_state()
         state = {
             "global_step": self.state.global_step,
             "stream": self._stream.state_dict(),
-            "component": {name: value for name, value in saved.items() if name not in tensors},
+            "component": values,
             "pending": {
                 "loss": losses,
                 "last_logged": logged["last_logged"],
@@ -328,6 +329,24 @@ class DynamicTrainer(Trainer):
             "settings": self._settings,
         }
         return state, tensors
+
+    def _component_state(self) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+        """The component's state as JSON values and tensors.
+
+        Raises:
+            ComponentError: it holds something else.
+        """
+        saved = self.component.state_dict() if hasattr(self.component, "state_dict") else {}
+        tensors = {name: value for name, value in saved.items() if torch.is_tensor(value)}
+        values = {name: value for name, value in saved.items() if name not in tensors}
+        for name, value in values.items():
+            try:
+                json.dumps(value)
+            except TypeError as error:
+                raise ComponentError(
+                    f"{type(self.component).__name__}.state_dict()['{name}'] cannot be saved ({error}): return tensors and JSON values, side by side"
+                ) from None
+        return values, tensors
 
     def _restore(self, checkpoint: Path) -> None:
         state, tensors = load_state(checkpoint)

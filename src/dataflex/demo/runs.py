@@ -1,0 +1,155 @@
+"""Train every method the way `dataflex-cli train` does, and measure what came out."""
+
+from __future__ import annotations
+
+import json
+import logging
+import shlex
+import statistics
+import time
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dataflex.demo.data import Row
+
+METHODS: dict[str, list[str]] = {
+    "static": [],
+    "loss, linupper": ["train_type=dynamic_weight", "component_name=loss", "component_params.strategy=linupper"],
+    "loss, quadratic": ["train_type=dynamic_weight", "component_name=loss", "component_params.strategy=quadratic"],
+    "dft": ["train_type=dynamic_weight", "component_name=dft"],
+}
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What one run gave.
+
+    Attributes:
+        eval_loss, accuracy: on held-out rows with right answers.
+        history: the Trainer's log lines.
+    """
+
+    method: str
+    seed: int
+    eval_loss: float
+    accuracy: float
+    seconds: float
+    history: list[dict[str, float]]
+
+    def curve(self, key: str) -> dict[int, float]:
+        """A logged value by optimizer step."""
+        return {int(entry["step"]): entry[key] for entry in self.history if key in entry}
+
+    def sample_loss(self) -> dict[int, float]:
+        """Training loss without weights: the plain `loss` as long as the weights are 1."""
+        return self.curve("loss") | self.curve("dataflex/sample_loss")
+
+    def weight_range(self) -> tuple[float, float]:
+        lowest, highest = self.curve("dataflex/weight_min").values(), self.curve("dataflex/weight_max").values()
+        return min(lowest, default=1.0), max(highest, default=1.0)
+
+
+def overrides(config: Path, method: str, seed: int) -> list[str]:
+    folder = config.parent / "runs" / f"{method.replace(', ', '-')}-seed{seed}"
+    return [*METHODS[method], f"seed={seed}", f"output_dir={folder}", "overwrite_output_dir=true"]
+
+
+def command(config: Path, method: str, seed: int) -> str:
+    """The command line that repeats a run."""
+    return shlex.join(["dataflex-cli", "train", str(config), *overrides(config, method, seed)])
+
+
+def run_method(config: Path, method: str, seed: int) -> Outcome:
+    """Train with one method; what the libraries print goes to demo.log."""
+    from dataflex.backends import trl
+    from dataflex.cli.plan import check_run
+
+    settings = overrides(config, method, seed)
+    start = time.monotonic()
+    with _quiet(config.parent / "demo.log"):
+        run, checked = check_run(config, settings)
+        trl.train(run, checked)
+        seconds = time.monotonic() - start
+        folder = Path(str(run.backend["output_dir"]))
+        accuracy = answer_accuracy(folder, _read_rows(config.parent / "data" / "held_out.jsonl"))
+    history = json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))["log_history"]
+    results = json.loads((folder / "all_results.json").read_text(encoding="utf-8"))
+    return Outcome(method, seed, results["eval_loss"], accuracy, seconds, history)
+
+
+def _read_rows(path: Path) -> list[Row]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def answer_accuracy(folder: Path, rows: list[Row]) -> float:
+    """Share of rows that the model in `folder` answers exactly right when decoding greedily."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer: Any = AutoTokenizer.from_pretrained(folder)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    prompts = [tokenizer.apply_chat_template([{"role": "user", "content": row["instruction"]}], tokenize=False) for row in rows]
+    answers = torch.tensor(tokenizer([row["output"] for row in rows])["input_ids"])
+    # Greedy decoding is right just when every token is the likeliest after the right ones before it: one forward pass tells.
+    tokens = torch.cat([torch.tensor(tokenizer(prompts)["input_ids"]), answers], 1)
+    with torch.no_grad():
+        likeliest = model(tokens).logits.argmax(-1)[:, -answers.shape[1] - 1 : -1]
+    return float((likeliest == answers).all(1).float().mean())
+
+
+@contextmanager
+def _quiet(log: Path) -> Iterator[None]:
+    with log.open("a", encoding="utf-8") as file, redirect_stdout(file), redirect_stderr(file), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        previous = logging.root.manager.disable
+        logging.disable(logging.WARNING)
+        try:
+            yield
+        finally:
+            logging.disable(previous)
+
+
+# ---- Over the seeds ---------------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Summary:
+    """A method over its seeds: means, and half the distance between the extremes of eval_loss and accuracy."""
+
+    method: str
+    runs: list[Outcome]
+
+    @property
+    def eval_losses(self) -> list[float]:
+        return [run.eval_loss for run in self.runs]
+
+    @property
+    def eval_loss(self) -> float:
+        return statistics.fmean(self.eval_losses)
+
+    @property
+    def accuracies(self) -> list[float]:
+        return [run.accuracy for run in self.runs]
+
+    @property
+    def seconds(self) -> float:
+        return statistics.fmean(run.seconds for run in self.runs)
+
+    @property
+    def weight_range(self) -> tuple[float, float]:
+        ranges = [run.weight_range() for run in self.runs]
+        return min(low for low, _ in ranges), max(high for _, high in ranges)
+
+    def corrupted_weight(self, row_share: float) -> float | None:
+        """Mean weight of the corrupted rows over the weighted steps; None without weights."""
+        shares = [share for run in self.runs for share in run.curve("dataflex/weight_share/corrupted").values()]
+        return statistics.fmean(shares) / row_share if shares else None
+
+
+def summaries(outcomes: list[Outcome]) -> list[Summary]:
+    """One per method, in the order of `METHODS`."""
+    return [Summary(method, runs) for method in METHODS if (runs := [run for run in outcomes if run.method == method])]
