@@ -54,7 +54,8 @@ def test_weights_change_the_gradient_after_warmup(tmp_path):
 
 @pytest.mark.parametrize("host", HOSTS)
 def test_label_smoothing_stays(tmp_path, host):
-    spec = {**EQUAL, "host": host, "args": {"label_smoothing_factor": 0.1}}
+    # Without accumulation: transformers before 5.15 scales the smoothed loss wrongly with it.
+    spec = {**EQUAL, "accumulation": 1, "host": host, "args": {"label_smoothing_factor": 0.1}}
     plain = run(spec, tmp_path / "plain")
     for full in (False, True):
         settings = {"project_targets_only": not full}

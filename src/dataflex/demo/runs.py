@@ -4,22 +4,23 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import shlex
 import statistics
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dataflex.demo.data import Row
+from dataflex.demo.data import ROW_SHARES, Row
 
 METHODS: dict[str, list[str]] = {
     "static": [],
-    "loss, linupper": ["train_type=dynamic_weight", "component_name=loss", "component_params.strategy=linupper"],
-    "loss, quadratic": ["train_type=dynamic_weight", "component_name=loss", "component_params.strategy=quadratic"],
+    "loss linupper": ["train_type=dynamic_weight", "component_name=loss", "component_params.strategy=linupper"],
+    "loss quadratic": ["train_type=dynamic_weight", "component_name=loss", "component_params.strategy=quadratic"],
     "dft": ["train_type=dynamic_weight", "component_name=dft"],
 }
 
@@ -54,7 +55,7 @@ class Outcome:
 
 
 def overrides(config: Path, method: str, seed: int) -> list[str]:
-    folder = config.parent / "runs" / f"{method.replace(', ', '-')}-seed{seed}"
+    folder = config.parent / "runs" / f"{method.replace(' ', '-')}-seed{seed}"
     return [*METHODS[method], f"seed={seed}", f"output_dir={folder}", "overwrite_output_dir=true"]
 
 
@@ -70,7 +71,7 @@ def run_method(config: Path, method: str, seed: int) -> Outcome:
 
     settings = overrides(config, method, seed)
     start = time.monotonic()
-    with _quiet(config.parent / "demo.log"):
+    with quiet(config.parent / "demo.log"):
         run, checked = check_run(config, settings)
         trl.train(run, checked)
         seconds = time.monotonic() - start
@@ -102,8 +103,9 @@ def answer_accuracy(folder: Path, rows: list[Row]) -> float:
 
 
 @contextmanager
-def _quiet(log: Path) -> Iterator[None]:
-    with log.open("a", encoding="utf-8") as file, redirect_stdout(file), redirect_stderr(file), warnings.catch_warnings():
+def quiet(log: Path | None = None) -> Iterator[None]:
+    """What the libraries print goes to a file, and their warnings nowhere."""
+    with open(log or os.devnull, "a", encoding="utf-8") as file, redirect_stdout(file), redirect_stderr(file), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         previous = logging.root.manager.disable
         logging.disable(logging.WARNING)
@@ -118,22 +120,24 @@ def _quiet(log: Path) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Summary:
-    """A method over its seeds: means, and half the distance between the extremes of eval_loss and accuracy."""
+    """One method over its seeds."""
 
     method: str
     runs: list[Outcome]
 
     @property
-    def eval_losses(self) -> list[float]:
-        return [run.eval_loss for run in self.runs]
-
-    @property
     def eval_loss(self) -> float:
-        return statistics.fmean(self.eval_losses)
+        return statistics.fmean(run.eval_loss for run in self.runs)
 
     @property
-    def accuracies(self) -> list[float]:
-        return [run.accuracy for run in self.runs]
+    def spread(self) -> float:
+        """Largest difference of eval_loss between two seeds."""
+        losses = [run.eval_loss for run in self.runs]
+        return max(losses) - min(losses)
+
+    @property
+    def accuracy(self) -> float:
+        return statistics.fmean(run.accuracy for run in self.runs)
 
     @property
     def seconds(self) -> float:
@@ -144,10 +148,15 @@ class Summary:
         ranges = [run.weight_range() for run in self.runs]
         return min(low for low, _ in ranges), max(high for _, high in ranges)
 
-    def corrupted_weight(self, row_share: float) -> float | None:
-        """Mean weight of the corrupted rows over the weighted steps; None without weights."""
-        shares = [share for run in self.runs for share in run.curve("dataflex/weight_share/corrupted").values()]
-        return statistics.fmean(shares) / row_share if shares else None
+    def curve(self, read: Callable[[Outcome], dict[int, float]]) -> dict[int, float]:
+        """The mean over the seeds of what `read` takes from a run."""
+        curves = [read(run) for run in self.runs]
+        return {step: statistics.fmean(curve[step] for curve in curves) for step in curves[0]}
+
+    def relative_weight(self, domain: str) -> dict[int, float]:
+        """By step, the mean weight of a data set's rows where the mean of all rows is 1; empty without weights."""
+        shares = self.curve(lambda run: run.curve(f"dataflex/weight_share/{domain}"))
+        return {step: share / ROW_SHARES[domain] for step, share in shares.items()}
 
 
 def summaries(outcomes: list[Outcome]) -> list[Summary]:
