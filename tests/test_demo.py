@@ -21,7 +21,7 @@ def test_demo_trains_prints_a_table_and_draws(tmp_path, capsys):
     folder = tmp_path / "demo folder"
     assert demo.main(["--output", str(folder), *SMALL]) == 0
     printed = capsys.readouterr().out
-    for text in ("eval loss", "mean weight", "Look at the eval loss", *METHODS):
+    for text in ("exact", "wrong rows", "seconds", "Look at the eval loss", *METHODS):
         assert text in printed
     with Image.open(folder / "demo.png") as image:
         image.verify()

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from dataflex.errors import TrainingError
 from dataflex.testing.tiny import pad_collator, tiny_rows
 from dataflex.train.data.fingerprint import dataset_fingerprint
-from dataflex.train.data.index_stream import IndexedRows, IndexStream, RankBatches
+from dataflex.train.data.index_stream import IndexedRows, IndexStream, Place, RankBatches
 from dataflex.train.data.sample_meta import META, MetaCollator, build_meta, document_lengths
 from dataflex.train.trainer.features import pooled_features
 
@@ -22,7 +22,7 @@ def order(epoch):
 def taken(stream, number):
     upcoming = stream.upcoming()
     for _ in range(number):
-        yield next(upcoming).tolist()
+        yield next(upcoming)[1].tolist()
         stream.advance()
 
 
@@ -31,7 +31,9 @@ def test_every_epoch_covers_every_row_once_on_any_number_of_ranks(size, world, e
     stream = IndexStream(order, size * world)
     shares = [iter(RankBatches(stream, rank, world)) for rank in range(world)]
     for epoch in range(epochs):
-        seen = [index for _ in range(stream.micro_batches_per_epoch()) for share in shares for index in next(share) if index >= 0]
+        places = [place for _ in range(stream.micro_batches_per_epoch()) for share in shares for place in next(share) if place.counts]
+        seen = [place.row for place in places]
+        assert {place.epoch for place in places} == {epoch}
         assert seen == order(epoch).tolist()
 
 
@@ -49,7 +51,7 @@ def test_reading_ahead_does_not_move_the_position():
     upcoming = stream.upcoming()
     for _ in range(5):
         next(upcoming)
-    assert stream.state_dict() == {"epoch": 0, "micro_batch": 0}
+    assert stream.state_dict() == {"epoch": 0, "row": 0}
 
 
 def test_drop_last_leaves_out_the_ragged_end():
@@ -59,7 +61,7 @@ def test_drop_last_leaves_out_the_ragged_end():
 def test_a_rank_without_rows_gets_one_that_does_not_count():
     stream = IndexStream(lambda epoch: np.arange(9), 8)
     rows = tiny_rows(9)
-    loaded = IndexedRows(rows)
+    loaded = IndexedRows(rows, 0)
     collate = MetaCollator(pad_collator, None, 0)
     stream.advance()
     batches = [next(iter(RankBatches(stream, rank, 2))) for rank in range(2)]
@@ -74,7 +76,7 @@ def test_a_rank_without_rows_gets_one_that_does_not_count():
         ({"input_ids": [1] * 5}, [5]),
         ({"input_ids": [1] * 5, "attention_mask": [1] * 5}, [5]),
         ({"input_ids": [1] * 5, "seq_lengths": [2, 3]}, [2, 3]),
-        ({"input_ids": [1] * 6, "attention_mask": [1, 1, 2, 2, 2, 0]}, [2, 3, 1]),
+        ({"input_ids": [1] * 6, "attention_mask": [1, 1, 2, 2, 2, 0]}, [2, 3]),
         ({"input_ids": [1] * 5, "position_ids": [0, 1, 2, 0, 1]}, [3, 2]),
     ],
 )
@@ -141,11 +143,12 @@ def test_the_collator_neither_reads_nor_moves_global_generators():
     rows = tiny_rows(2)
     torch.manual_seed(1)
     before = torch.get_rng_state()
-    first = collate([(0, rows[0]), (1, rows[1])])["noise"]
+    places = [Place(0, 0), Place(0, 1)]
+    first = collate([(places[0], rows[0]), (places[1], rows[1])])["noise"]
     assert torch.equal(before, torch.get_rng_state())
     torch.manual_seed(2)
-    assert torch.equal(first, collate([(0, rows[0]), (1, rows[1])])["noise"])
-    assert not torch.equal(first, collate([(1, rows[1]), (0, rows[0])])["noise"])
+    assert torch.equal(first, collate([(places[0], rows[0]), (places[1], rows[1])])["noise"])
+    assert not torch.equal(first, collate([(Place(1, 0), rows[0]), (Place(1, 1), rows[1])])["noise"])  # another epoch, another draw
 
 
 def test_pooling_counts_positions_within_a_sample():
@@ -170,3 +173,4 @@ def test_fingerprint_depends_on_content_and_length():
     changed = [*rows[:4], {**rows[4], "labels": [-100] * len(rows[4]["labels"])}]
     assert base != dataset_fingerprint(datasets.Dataset.from_list(changed))
     assert base != dataset_fingerprint(datasets.Dataset.from_list(rows[:4]))
+    assert dataset_fingerprint(rows) != dataset_fingerprint(changed)

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 from harness import HOSTS, run, train
+from transformers import TrainingArguments
 
 from dataflex.core.state import newest_complete_checkpoint
 from dataflex.errors import ResumeError
@@ -147,6 +148,41 @@ def test_incomplete_checkpoints_are_passed_over(finished):
     found, skipped = newest_complete_checkpoint(folder)
     assert found == folder / f"checkpoint-{newest - 2}"
     assert [("no trainer_state.json" in reason, "is damaged" in reason) for reason in skipped] == [(True, False), (False, True)]
+
+
+def test_cut_off_and_missing_host_files_make_a_checkpoint_incomplete(finished):
+    _, checkpoint, _ = finished
+    folder = checkpoint.parent
+    newest = max(int(path.name.split("-")[1]) for path in folder.glob("checkpoint-*"))
+    (folder / f"checkpoint-{newest}" / "trainer_state.json").write_text('{"epoch": 1.0, ')
+    state = folder / f"checkpoint-{newest - 1}" / "dataflex" / "state.json"
+    content = json.loads(state.read_text())
+    content["pending"]["loss"] = [0.0, 0.0]  # as if two ranks had written it
+    state.write_text(json.dumps(content))
+    found, skipped = newest_complete_checkpoint(folder)
+    assert found == folder / f"checkpoint-{newest - 2}"
+    assert "cut off" in skipped[0] and "rng_state_0.pth, rng_state_1.pth" in skipped[1]
+
+
+def test_an_overwritten_checkpoint_does_not_look_whole_before_it_is(finished, monkeypatch):
+    spec, checkpoint, _ = finished
+
+    def killed(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("transformers.Trainer.save_model", killed)
+    with pytest.raises(KeyboardInterrupt):
+        train({**spec, "args": {**SPEC["args"], "save_steps": 2}}, checkpoint.parent)
+    assert not (checkpoint / "trainer_state.json").exists()
+
+
+@pytest.mark.parametrize("change", [{"args": {**SPEC["args"], "train_sampling_strategy": "sequential"}}])
+def test_another_order_of_rows_is_refused(finished, change):
+    spec, checkpoint, out = finished
+    if "train_sampling_strategy" not in TrainingArguments.__dataclass_fields__:
+        change = {"args": {**SPEC["args"], "neftune_noise_alpha": 3.0}}
+    with pytest.raises(ResumeError, match=r"train_sampling_strategy was|neftune_noise_alpha was"):
+        train({**spec, **change, "resume": str(checkpoint)}, out)
 
 
 def test_a_checkpoint_without_state_is_refused(tmp_path):

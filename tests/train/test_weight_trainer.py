@@ -290,6 +290,101 @@ def test_a_diverged_loss_does_not_stop_a_save(tmp_path):
     assert (tmp_path / "checkpoint-2" / "dataflex" / "state.json").is_file()
 
 
+@pytest.mark.parametrize("name", REGISTRY.names("weighter"))
+def test_a_micro_batch_without_any_target(tmp_path, name):
+    rows = tiny_rows(4)
+    rows[1]["labels"] = [-100] * len(rows[1]["labels"])
+    settings = TrainingArguments(
+        str(tmp_path), per_device_train_batch_size=1, gradient_accumulation_steps=4, max_steps=1, report_to="none", use_cpu=True, logging_steps=1
+    )
+    trainer = WeightTrainer.over(Trainer)(
+        model=tiny_model(),
+        args=settings,
+        train_dataset=rows,
+        eval_dataset=tiny_rows(2),
+        data_collator=pad_collator,
+        dataflex={"component_name": name},
+    )
+    trainer.train()
+    assert trainer.state.log_history[0]["grad_norm"] > 0
+
+
+def test_weights_that_are_not_finite_are_an_error(tmp_path):
+    class Wrong(SampleWeighter):
+        def sample_weights(self, losses, *, ctx, model, inputs):
+            return losses * math.nan
+
+    with pytest.raises(TrainingError, match="weights that are not finite"):
+        trainer_with(Wrong(), tmp_path).train()
+
+
+def test_a_compute_loss_of_ones_own_is_refused(tmp_path):
+    class Mine(Trainer):
+        def compute_loss(self, *args, **kwargs):
+            return super().compute_loss(*args, **kwargs)
+
+    with pytest.raises(ConfigError, match="the compute_loss of Mine"):
+        trainer_with(Recording(), tmp_path, base=Mine)
+
+
+def test_a_second_call_of_train_starts_like_the_first(tmp_path):
+    trainer, _ = make_trainer({"component": "adapt", "params": {"refresh_steps": 2}, "batch": 2}, str(tmp_path))
+    refreshes = []
+    trainer.events.write = lambda step, event, **details: refreshes.append(step) if event == "target refreshed" else None
+    trainer.train()
+    trainer.train()
+    assert refreshes == [0, 2, 0, 2]
+
+
+def test_fewer_rows_than_a_micro_batch_with_drop_last_are_an_error(tmp_path):
+    with pytest.raises(TrainingError, match="dataloader_drop_last"):
+        trainer_with(Recording(), tmp_path, rows=3, dataloader_drop_last=True).train()
+
+
+@pytest.mark.parametrize("wrong", [Recording, object()])
+def test_components_that_are_no_weighters(tmp_path, wrong):
+    with pytest.raises(ComponentError, match=r"must be an object, not the class|is no weighter"):
+        trainer_with(wrong, tmp_path)
+
+
+def test_train_loss_of_a_resumed_run_counts_its_own_steps(tmp_path):
+    spec = {"component": "loss", "batch": 1, "args": {"save_strategy": "steps", "save_steps": 7, "logging_steps": 10}}
+    whole = run(spec, tmp_path / "whole")
+    resumed = run({**spec, "resume": str(tmp_path / "whole" / "checkpoint-7")}, tmp_path / "resumed")
+    assert resumed.log[-1]["train_loss"] == pytest.approx(whole.log[-1]["train_loss"], rel=0.1)
+
+
+def test_random_rows_and_random_samplers_resume_exactly(tmp_path):
+    class Masked(torch.utils.data.Dataset):
+        rows = tiny_rows(12)
+
+        def __len__(self):
+            return 12
+
+        def __getitem__(self, index):
+            row = self.rows[index]
+            hidden = torch.rand(len(row["labels"])) < 0.3
+            return {**row, "labels": [-100 if hide else label for hide, label in zip(hidden.tolist(), row["labels"], strict=True)]}
+
+    class Sampled(Trainer):
+        def _get_train_sampler(self, *args):
+            return torch.utils.data.WeightedRandomSampler(torch.ones(12), 12, replacement=False, generator=torch.Generator().manual_seed(1))
+
+    def trained(resume=None, **extra):
+        trainer = trainer_with(
+            Recording(), tmp_path, base=Sampled, rows=Masked(), max_steps=8, save_strategy="steps", save_steps=1, save_total_limit=None, **extra
+        )
+        trainer.train(resume_from_checkpoint=resume)
+        return trainer, torch.cat([p.detach().flatten() for p in trainer.model.parameters()])
+
+    whole, expected = trained()
+    for epoch in range(2):
+        ids = [sample for batch, _, _ in whole.component.seen[3 * epoch : 3 * epoch + 3] for sample in batch]
+        assert len(set(ids)) == len(ids) >= 11
+    assert trained(resume=str(tmp_path / "checkpoint-7"))[1].equal(expected)
+    assert trained(resume=str(tmp_path / "checkpoint-4"), dataloader_num_workers=1)[1].equal(expected)
+
+
 def test_a_wrong_number_of_weights_is_an_error(tmp_path):
     class Wrong(SampleWeighter):
         def sample_weights(self, losses, *, ctx, model, inputs):

@@ -141,7 +141,7 @@ def train(run: RunFile, prepared: Prepared) -> None:
     keys.setdefault("do_train", True)
     if run.dataflex.train_step:
         keys["max_steps"] = run.dataflex.train_step
-    callbacks = [record_run(run, seed=keys.get("seed", 42), overwrite=bool(keys.get("overwrite_output_dir")))]
+    callbacks = [record_run(run, seed=keys.get("seed", 42), overwrite=False)]  # LLaMA-Factory deletes nothing
     if run.dataflex.train_type == "static":
         return run_exp(keys, callbacks)
     keys = _with_checkpoint(keys)

@@ -52,6 +52,22 @@ def load_state(checkpoint: str | Path) -> tuple[dict[str, Any], dict[str, torch.
     return state, load(data)
 
 
+def _check_host_files(path: Path) -> None:
+    try:
+        json.loads((path / "trainer_state.json").read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ResumeError(f"{path} is incomplete (no trainer_state.json)") from None
+    except json.JSONDecodeError:
+        raise ResumeError(f"{path} is incomplete (trainer_state.json is cut off)") from None
+
+
+def _check_ranks(path: Path, ranks: int) -> None:
+    """Rank 0 writes trainer_state.json without waiting for the other ranks' generators."""
+    missing = [name for rank in range(ranks) if ranks > 1 and not (path / (name := f"rng_state_{rank}.pth")).is_file()]
+    if missing:
+        raise ResumeError(f"{path} is incomplete (no {', '.join(missing)})")
+
+
 def newest_complete_checkpoint(output_dir: str | Path, *, with_state: bool = True) -> tuple[Path | None, list[str]]:
     """The newest checkpoint that can be resumed, and why newer ones were passed over.
 
@@ -64,10 +80,10 @@ def newest_complete_checkpoint(output_dir: str | Path, *, with_state: bool = Tru
     skipped = []
     for path in sorted(found, key=lambda path: -int(path.name.removeprefix("checkpoint-"))):
         try:
-            if not (path / "trainer_state.json").is_file():
-                raise ResumeError(f"{path} is incomplete (no trainer_state.json)")
+            _check_host_files(path)
             if with_state:
-                load_state(path)
+                state, _ = load_state(path)
+                _check_ranks(path, len(state.get("pending", {}).get("loss", [])))
         except ResumeError as error:
             skipped.append(str(error))
             continue

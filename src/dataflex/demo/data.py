@@ -108,7 +108,9 @@ def make_folder(folder: Path, size: Size) -> Path:
     for name, part in rows.items():
         write_text_atomically(folder / "data" / f"{name}.jsonl", "".join(json.dumps(row) + "\n" for row in part))
     write_text_atomically(folder / "data" / "dataset_info.json", json.dumps({name: {"file_name": f"{name}.jsonl"} for name in rows}, indent=2))
-    write_text_atomically(folder / "train.yaml", _HEADER + yaml.safe_dump(settings(size), sort_keys=False))
+    write_text_atomically(
+        folder / "train.yaml", _HEADER + yaml.safe_dump({**settings(size), "output_dir": str(folder / "runs" / "own")}, sort_keys=False)
+    )
     return folder / "train.yaml"
 
 

@@ -6,6 +6,7 @@ import statistics
 from pathlib import Path
 from typing import Any
 
+from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from dataflex.demo.data import ROW_SHARES
@@ -14,9 +15,9 @@ from dataflex.demo.runs import Outcome, Summary
 
 def result_table(results: list[Summary]) -> Table:
     seeds = len(results[0].runs)
-    table = Table(title="Held-out rows with right answers" + (f", mean of {seeds} seeds" if seeds > 1 else ""))
+    table = Table(box=SIMPLE_HEAD, title="Held-out rows with right answers" + (f", mean of {seeds} seeds" if seeds > 1 else ""))
     table.add_column("method", no_wrap=True)
-    for name in ("eval loss", "spread", "exact\nanswers", "weights", "mean weight\nof wrong rows", "seconds"):
+    for name in ("eval\nloss", "spread", "exact\nanswers", "weights", "weight of\nwrong rows", "seconds"):
         table.add_column(name, justify="right", no_wrap=True)
     for result in results:
         (low, high), wrong = result.weight_range, result.relative_weight("corrupted").values()

@@ -33,6 +33,8 @@ def loss_weights(losses: torch.Tensor, *, strategy: Strategy = "linupper", delta
 
     r is a temperature: the largest weight is at most exp((max f - min f) / r) times the smallest.
     """
+    if not losses.numel():
+        return losses
     finite = torch.isfinite(losses)
     low = losses.masked_fill(~finite, math.inf).min()
     high = losses.masked_fill(~finite, -math.inf).max()
@@ -104,4 +106,4 @@ def joint_update_weights(
 def token_gate(token_losses: torch.Tensor, kind: Literal["dft", "focal"], power: float) -> torch.Tensor:
     """Gate of each token from the probability p = exp(-loss) the model gives its target: p^power (DFT) or (1 - p)^power (focal)."""
     probability = torch.exp(-token_losses)
-    return probability.pow(power) if kind == "dft" else (1 - probability).clamp(min=0).pow(power)
+    return probability.pow(power) if kind == "dft" else (1 - probability).clamp(min=torch.finfo(probability.dtype).tiny).pow(power)

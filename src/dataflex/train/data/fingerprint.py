@@ -9,7 +9,7 @@ MAX_ROWS = 50_000
 
 
 def dataset_fingerprint(dataset: Any) -> str:
-    """A digest of the number of rows and, for `datasets.Dataset`, of the rows: all of them, or 50,000 evenly spaced ones of a larger set.
+    """A digest of the number of rows and, for `datasets.Dataset` and lists, of the rows: all of them, or 50,000 evenly spaced ones.
 
     Rows of other data sets are not read, since reading them may be slow or random; there only the number counts.
     """
@@ -22,4 +22,7 @@ def dataset_fingerprint(dataset: Any) -> str:
         for batch in chosen.iter(batch_size=1000):
             for name in columns:
                 digest.update(repr(batch.column(name).to_pylist()).encode())
+    elif isinstance(dataset, list):
+        for row in dataset[:: -(-len(dataset) // MAX_ROWS) or 1]:
+            digest.update(repr([row.get(name) for name in ("input_ids", "labels")] if isinstance(row, dict) else row).encode())
     return digest.hexdigest()[:32]

@@ -7,10 +7,20 @@ repeated or dropped and every (ranks, batch, accumulation) with the same product
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from torch.utils.data import Dataset
+
+from dataflex.utils.seeding import isolated_rng
+
+
+class Place(NamedTuple):
+    """A row as it comes up in an epoch. `counts` is False for one that only keeps a rank busy."""
+
+    epoch: int
+    row: int
+    counts: bool = True
 
 
 class IndexStream:
@@ -19,81 +29,82 @@ class IndexStream:
     def __init__(self, epoch_order: Callable[[int], np.ndarray], micro_batch_size: int, drop_last: bool = False):
         """
         Args:
-            epoch_order: the row indices of an epoch, in order.
+            epoch_order: the row indices of an epoch, in order; always the same ones for the same epoch.
             micro_batch_size: rows of a global micro-batch.
             drop_last: leave out an epoch's last micro-batch when it is not full.
         """
         self._epoch_order, self.micro_batch_size, self._drop_last = epoch_order, micro_batch_size, drop_last
         self.epoch = 0
-        self.micro_batch = 0
-        self._order: tuple[int, np.ndarray] = (-1, np.zeros(0, dtype=np.int64))
+        self.row = 0
+        self._orders: dict[int, np.ndarray] = {}
 
     def order(self, epoch: int) -> np.ndarray:
-        if self._order[0] != epoch:
+        if epoch not in self._orders:
             order = np.asarray(self._epoch_order(epoch), dtype=np.int64)
             if self._drop_last:
                 order = order[: len(order) // self.micro_batch_size * self.micro_batch_size]
-            self._order = (epoch, order)
-        return self._order[1]
+            # Reading ahead crosses the end of an epoch while the position is still before it: two are needed at a time.
+            self._orders = {kept: value for kept, value in self._orders.items() if kept in (epoch - 1, epoch + 1)} | {epoch: order}
+        return self._orders[epoch]
 
     def micro_batches_per_epoch(self) -> int:
         return -(-len(self.order(self.epoch)) // self.micro_batch_size)
 
-    def upcoming(self) -> Iterator[np.ndarray]:
-        """Micro-batches from the current position on, without end. Reading ahead does not move the position."""
-        epoch, micro_batch = self.epoch, self.micro_batch
+    def upcoming(self) -> Iterator[tuple[int, np.ndarray]]:
+        """(epoch, rows) of the micro-batches from the current position on, without end. Reading ahead does not move the position."""
+        epoch, row = self.epoch, self.row
         while True:
             order = self.order(epoch)
-            start = micro_batch * self.micro_batch_size
-            if start < len(order):
-                yield order[start : start + self.micro_batch_size]
-                micro_batch += 1
+            if row < len(order):
+                yield epoch, order[row : row + self.micro_batch_size]
+                row += self.micro_batch_size
             else:
-                epoch, micro_batch = epoch + 1, 0
+                epoch, row = epoch + 1, 0
 
     def advance(self) -> None:
         """Move the position past one micro-batch."""
-        self.micro_batch += 1
-        if self.micro_batch * self.micro_batch_size >= len(self.order(self.epoch)):
-            self.epoch, self.micro_batch = self.epoch + 1, 0
+        self.row += self.micro_batch_size
+        if self.row >= len(self.order(self.epoch)):
+            self.epoch, self.row = self.epoch + 1, 0
 
     def state_dict(self) -> dict[str, int]:
-        return {"epoch": self.epoch, "micro_batch": self.micro_batch}
+        return {"epoch": self.epoch, "row": self.row}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        self.epoch, self.micro_batch = state["epoch"], state["micro_batch"]
+        self.epoch, self.row = state["epoch"], state["row"]
 
 
 class RankBatches:
     """Batch sampler of one rank: its share of every upcoming micro-batch.
 
-    A rank whose share is empty (fewer rows left than ranks) gets one row under the index `-row - 1`: it must run a forward pass like the
-    others, but the row has no labels and counts as no sample.
+    A rank whose share is empty (fewer rows left than ranks) gets one row that does not count: it must run a forward pass like the others,
+    but the row's labels are taken away and it is no sample.
     """
 
     def __init__(self, stream: IndexStream, rank: int, world: int):
         self.stream, self.rank, self.world = stream, rank, world
 
-    def __iter__(self) -> Iterator[list[int]]:
-        for ids in self.stream.upcoming():
-            share = ids[len(ids) * self.rank // self.world : len(ids) * (self.rank + 1) // self.world]
-            yield share.tolist() if len(share) else [-int(ids[0]) - 1]
+    def __iter__(self) -> Iterator[list[Place]]:
+        for epoch, rows in self.stream.upcoming():
+            share = rows[len(rows) * self.rank // self.world : len(rows) * (self.rank + 1) // self.world].tolist()
+            yield [Place(epoch, row) for row in share] or [Place(epoch, int(rows[0]), counts=False)]
 
 
-class IndexedRows(Dataset[tuple[int, Any]]):
-    """A data set whose items carry their index."""
+class IndexedRows(Dataset[tuple[Place, Any]]):
+    """A data set whose items carry their place. Rows are read under a generator derived from it, in case reading draws random numbers."""
 
-    def __init__(self, rows: Any):
-        self.rows = rows
+    def __init__(self, rows: Any, seed: int):
+        self.rows, self.seed = rows, seed
 
     def __len__(self) -> int:
         return len(self.rows)
 
-    def __getitem__(self, index: int) -> tuple[int, Any]:
-        return index, self.rows[index if index >= 0 else -index - 1]
+    def __getitem__(self, place: Place) -> tuple[Place, Any]:
+        return self.__getitems__([place])[0]
 
-    def __getitems__(self, indices: list[int]) -> list[tuple[int, Any]]:
+    def __getitems__(self, places: list[Place]) -> list[tuple[Place, Any]]:
         fetch = getattr(self.rows, "__getitems__", None)  # `datasets` reads a batch of rows at once
-        if fetch is None:
-            return [self[index] for index in indices]
-        return list(zip(indices, fetch([index if index >= 0 else -index - 1 for index in indices]), strict=True))
+        indices = [place.row for place in places]
+        with isolated_rng(self.seed, "rows", *places):
+            rows = fetch(indices) if fetch is not None else [self.rows[index] for index in indices]
+        return list(zip(places, rows, strict=True))

@@ -7,13 +7,14 @@ model never sees it. Legend: B rows, L tokens per row, n samples with at least o
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import numpy as np
 import torch
 
 from dataflex.errors import TrainingError
+from dataflex.train.data.index_stream import Place
 from dataflex.utils.seeding import isolated_rng
 
 META = "dataflex_meta"
@@ -45,6 +46,11 @@ class BatchMeta:
     num_without_targets: int
     width: int
 
+    def pin_memory(self) -> BatchMeta:
+        """What a DataLoader with pinned memory calls, so that copies to a GPU need not wait."""
+        pinned: dict[str, Any] = {field.name: value.pin_memory() for field in fields(self) if torch.is_tensor(value := getattr(self, field.name))}
+        return replace(self, **pinned)
+
     @property
     def num_samples(self) -> int:
         return len(self.counts)
@@ -57,7 +63,8 @@ class BatchMeta:
 def document_lengths(row: Mapping[str, Any]) -> list[int]:
     """Lengths of the documents in a data set row, in order; one entry for an unpacked row.
 
-    Reads TRL's `seq_lengths`, LLaMA-Factory's neat packing (`attention_mask` 1 1 2 2 2 0) or resets of `position_ids`.
+    Padding at the end of a packed row is no document. Reads TRL's `seq_lengths`, LLaMA-Factory's neat packing (`attention_mask`
+    1 1 2 2 2 0) or resets of `position_ids`.
     """
     length = len(row["input_ids"])
     if row.get("seq_lengths") is not None:
@@ -69,6 +76,9 @@ def document_lengths(row: Mapping[str, Any]) -> list[int]:
     elif position is not None and np.ndim(position) == 1:
         starts = np.flatnonzero(np.asarray(position) == 0)
         starts = starts if len(starts) and starts[0] == 0 else np.zeros(1, dtype=np.int64)
+    if mask is not None and mask[-1] == 0 and len(starts) > 1:  # the last piece is padding
+        length = int(starts[-1])
+        starts = starts[:-1]
     return np.diff(np.append(starts, length)).tolist()
 
 
@@ -143,17 +153,17 @@ def _documents(rows: Sequence[Mapping[str, Any]], shape: tuple[int, ...]) -> tup
 
 
 class MetaCollator:
-    """The host's collator, run under a generator derived from the rows' ids, with the batch's meta object attached."""
+    """The host's collator, run under a generator derived from the epoch and the rows' ids, with the batch's meta object attached."""
 
     def __init__(self, collate: Callable[[list[Any]], Any], domains: np.ndarray | None, seed: int):
         self.collate, self.domains, self.seed = collate, domains, seed
 
-    def __call__(self, items: list[tuple[int, Any]]) -> Any:
-        count_rows = all(index >= 0 for index, _ in items)
-        ids = [index if index >= 0 else -index - 1 for index, _ in items]
-        rows = [row for _, row in items]
+    def __call__(self, items: list[tuple[Place, Any]]) -> Any:
+        places, rows = [place for place, _ in items], [row for _, row in items]
+        count_rows = all(place.counts for place in places)
+        ids = [place.row for place in places]
         described = [{field: row[field] for field in _ROW_FIELDS if field in row} for row in rows]  # collators may empty the rows
-        with isolated_rng(self.seed, "collate", *ids):
+        with isolated_rng(self.seed, "collate", *places):
             batch = self.collate(rows)
         batch[META] = build_meta(ids, described, batch, self.domains, count_rows)
         if not count_rows:

@@ -7,6 +7,7 @@ data set, collator, column rules and the order of each epoch, and is never itera
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -34,7 +35,7 @@ from dataflex.train.trainer import hosts
 from dataflex.train.trainer.metrics import WeightMetrics
 from dataflex.utils.distributed import gather_rows
 from dataflex.utils.logging import logger
-from dataflex.utils.seeding import isolated_rng
+from dataflex.utils.seeding import derive_seed, isolated_rng
 
 DOMAIN_COLUMN = "domain_id"
 
@@ -56,6 +57,10 @@ _COURSE = (
     "data_seed",
     "label_smoothing_factor",
     "dataloader_drop_last",
+    "train_sampling_strategy",
+    "lr_scheduler_kwargs",
+    "optim_args",
+    "neftune_noise_alpha",
     "bf16",
     "fp16",
 )
@@ -129,10 +134,12 @@ class DynamicTrainer(Trainer):
         self._pending: dict[str, Any] | None = None
         self._step: OptimizerStep | None = None
         self._batches: Iterator[Any] | None = None
-        self.domains = self._read_domains()
+        self.domains = self._read_domains(domain_names)
         self.metrics = WeightMetrics(domain_names or self._domain_numbers())
         self.events = EventLog(str(self.args.output_dir), active=self.accelerator.is_main_process)
-        self.component, self.component_settings = (component, {}) if component is not None else self._build_component()
+        self.component, self.component_settings = self._adopt(component) if component is not None else self._build_component()
+        values, tensors = self._component_state()
+        self._first_state = copy.deepcopy({**values, **tensors})
 
     # ---------------------------------------------------------------- set-up
 
@@ -170,10 +177,29 @@ class DynamicTrainer(Trainer):
         }
         return REGISTRY.build(kind, config.component_name, runtime=runtime, cfg=params), params
 
-    def _read_domains(self) -> np.ndarray | None:
+    def _adopt(self, component: Any) -> tuple[Any, dict[str, Any]]:
+        """A ready-made component, given the run's evaluation data, and its public settings."""
+        if isinstance(component, type):
+            raise ComponentError(f"component must be an object, not the class {component.__name__}: write {component.__name__}(...)")
+        if getattr(component, "needs_eval_dataset", False) and component.eval_dataset is None:
+            component.eval_dataset = self.eval_dataset
+            if not self.eval_dataset:
+                raise ComponentError(f"{type(component).__name__} compares samples with evaluation data, and there is none")
+        return component, {
+            k: v for k, v in getattr(component, "__dict__", {}).items() if not k.startswith("_") and isinstance(v, str | int | float | bool | None)
+        }
+
+    def _read_domains(self, names: Sequence[str] | None) -> np.ndarray | None:
         dataset: Any = self.train_dataset
         columns = getattr(dataset, "column_names", None) or []
-        return np.asarray(dataset[DOMAIN_COLUMN], dtype=np.int64) if DOMAIN_COLUMN in columns else None
+        if DOMAIN_COLUMN not in columns:
+            return None
+        domains = np.asarray(dataset[DOMAIN_COLUMN])
+        limit = len(names) if names else np.inf
+        if len(domains) and (not np.issubdtype(domains.dtype, np.integer) or domains.min() < 0 or domains.max() >= limit):
+            upper = f" to {limit - 1}, one for each of domain_names" if names else ""
+            raise ConfigError(Problem("", DOMAIN_COLUMN, f"must hold whole numbers from 0{upper}"))
+        return domains.astype(np.int64)
 
     def _domain_numbers(self) -> list[str]:
         return [] if self.domains is None or not len(self.domains) else [str(k) for k in range(int(self.domains.max()) + 1)]
@@ -187,10 +213,14 @@ class DynamicTrainer(Trainer):
         def epoch_order(epoch: int) -> np.ndarray:
             if hasattr(sampler, "set_epoch"):
                 sampler.set_epoch(epoch)
+            elif isinstance(getattr(sampler, "generator", None), torch.Generator):
+                sampler.generator.manual_seed(derive_seed(self.args.seed, "epoch order", epoch))
             with isolated_rng(self.args.seed, "epoch order", epoch):
                 return np.fromiter(iter(sampler), dtype=np.int64)
 
         self._stream = IndexStream(epoch_order, self._train_batch_size * world, drop_last=self.args.dataloader_drop_last)
+        if not self._stream.micro_batches_per_epoch():
+            raise TrainingError(f"there are fewer rows than a micro-batch of {self._stream.micro_batch_size} takes, and dataloader_drop_last is set")
         if len(loader) != self._stream.micro_batches_per_epoch():
             raise TrainingError(
                 f"the host's loader has {len(loader)} batches in an epoch where {self._stream.micro_batches_per_epoch()} are expected; "
@@ -198,7 +228,7 @@ class DynamicTrainer(Trainer):
             )
         workers = self.args.dataloader_num_workers
         self._loader: DataLoader[Any] = DataLoader(
-            IndexedRows(loader.dataset),
+            IndexedRows(loader.dataset, self.args.seed),
             batch_sampler=RankBatches(self._stream, self.accelerator.process_index, world),
             collate_fn=MetaCollator(loader.collate_fn, self.domains, self.args.seed),
             num_workers=workers,
@@ -274,6 +304,9 @@ class DynamicTrainer(Trainer):
         self._resume = self._resolve_checkpoint(resume_from_checkpoint)
         if self._resume is not None:
             load_state(self._resume)  # fail before anything is set up
+            self.args.ignore_data_skip = False  # skipping is free here, and without it the host counts epochs anew
+        elif hasattr(self.component, "load_state_dict"):
+            self.component.load_state_dict(copy.deepcopy(self._first_state))  # a second call starts like the first
         return super().train(str(self._resume) if self._resume else None, *args, **kwargs)
 
     def _resolve_checkpoint(self, requested: str | bool | None) -> Path | None:
@@ -299,16 +332,25 @@ class DynamicTrainer(Trainer):
             "component_params": self.component_settings,
             "dataset rows": len(dataset),
             "dataset content": dataset_fingerprint(dataset),
+            "evaluation data": self._evaluation_fingerprint(),
             "rows per micro-batch over all ranks": self._train_batch_size * self.accelerator.num_processes,
             **course,
         }
+
+    def _evaluation_fingerprint(self) -> list[str] | None:
+        if not getattr(self.component, "needs_eval_dataset", False):
+            return None
+        data = self.component.eval_dataset
+        return [dataset_fingerprint(part) for part in (data.values() if isinstance(data, dict) else [data])]
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         # Before super(), which writes trainer_state.json last: a checkpoint that has that file then has our state too.
         if not self.args.save_only_model:
             state, tensors = self._state()
             if self.args.should_save:
-                save_state(Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}", state, tensors)
+                folder = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
+                (folder / "trainer_state.json").unlink(missing_ok=True)  # an earlier run's would make a half-written checkpoint look whole
+                save_state(folder, state, tensors)
         super()._save_checkpoint(model, trial)
 
     def _state(self) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
@@ -320,6 +362,7 @@ class DynamicTrainer(Trainer):
             "global_step": self.state.global_step,
             "stream": self._stream.state_dict(),
             "component": values,
+            "on device": [name for name, tensor in tensors.items() if tensor.device.type != "cpu"],
             "pending": {
                 "loss": losses,
                 "last_logged": logged["last_logged"],
@@ -337,15 +380,17 @@ class DynamicTrainer(Trainer):
             ComponentError: it holds something else.
         """
         saved = self.component.state_dict() if hasattr(self.component, "state_dict") else {}
-        tensors = {name: value for name, value in saved.items() if torch.is_tensor(value)}
+        tensors = {str(name): value.clone() for name, value in saved.items() if torch.is_tensor(value)}
         values = {name: value for name, value in saved.items() if name not in tensors}
         for name, value in values.items():
             try:
-                json.dumps(value)
+                same = repr(json.loads(json.dumps(value))) == repr(value)
+                reason = "" if same else "JSON would give it back changed"
             except TypeError as error:
-                raise ComponentError(
-                    f"{type(self.component).__name__}.state_dict()['{name}'] cannot be saved ({error}): return tensors and JSON values, side by side"
-                ) from None
+                reason = str(error)
+            if reason:
+                what = f"{type(self.component).__name__}.state_dict()['{name}'] cannot be saved ({reason})"
+                raise ComponentError(f"{what}: return tensors and JSON values, side by side")
         return values, tensors
 
     def _restore(self, checkpoint: Path) -> None:
@@ -356,7 +401,8 @@ class DynamicTrainer(Trainer):
         self.metrics.restore(self._pending["metrics"], self.args.device, keep=self.accelerator.is_main_process)
         self.events.rewind(state["global_step"])
         if hasattr(self.component, "load_state_dict"):
-            self.component.load_state_dict({**state["component"], **{name: value.to(self.args.device) for name, value in tensors.items()}})
+            moved = {name: value.to(self.args.device) if name in state["on device"] else value for name, value in tensors.items()}
+            self.component.load_state_dict({**state["component"], **moved})
 
     def _refuse_changed(self, checkpoint: Path, before: dict[str, Any]) -> None:
         changed = [f"{name} was {before.get(name)!r}, now {value!r}" for name, value in self._settings.items() if before.get(name) != value]

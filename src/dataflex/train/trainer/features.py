@@ -57,9 +57,9 @@ def pooled_features(hidden: torch.Tensor, meta: BatchMeta, pooling: str = "weigh
     position = torch.arange(len(tokens)) - first[owner] + 1
     share = {"weighted_mean": position.float(), "mean": torch.ones(len(tokens)), "last": (position == lengths[owner]).float()}[pooling]
     pool[owner, torch.arange(len(tokens))] = share
-    pool = pool / pool.sum(1, keepdim=True).clamp(min=1)
-    states = hidden.flatten(0, 1).index_select(0, tokens.to(hidden.device)).float()
-    return F.normalize(pool.to(hidden.device) @ states, dim=1, eps=1e-12)
+    pool = (pool / pool.sum(1, keepdim=True).clamp(min=1)).to(hidden.device, non_blocking=True)
+    states = hidden.flatten(0, 1).index_select(0, tokens.to(hidden.device, non_blocking=True)).float()
+    return F.normalize(pool @ states, dim=1, eps=1e-12)
 
 
 @torch.no_grad()
@@ -70,16 +70,17 @@ def encode_rows(trainer: Any, causal_lm: Any, dataset: Any, pooling: str, max_ro
     backbone without its output layer, in evaluation mode, under a generator of its own.
     """
     parts = list(dataset.values()) if isinstance(dataset, dict) else [dataset]
-    rows = [part[i] for part in parts for i in range(len(part))][:max_rows]
+    places = [(part, i) for part in parts for i in range(len(part))][:max_rows]
     size = trainer.args.per_device_eval_batch_size
-    batches = [rows[start : start + size] for start in range(0, len(rows), size)]
+    batches = [places[start : start + size] for start in range(0, len(places), size)]
     world, rank = trainer.accelerator.num_processes, trainer.accelerator.process_index
     total = torch.zeros(causal_lm.config.get_text_config().hidden_size + 1, dtype=torch.float64, device=trainer.args.device)
     was_training = causal_lm.training
     causal_lm.eval()
     hidden_progress = trainer.args.disable_tqdm or rank > 0
     try:
-        for batch_rows in tqdm(batches[rank::world], desc="Encoding evaluation data", leave=False, disable=hidden_progress):
+        for batch_places in tqdm(batches[rank::world], desc="Encoding evaluation data", leave=False, disable=hidden_progress):
+            batch_rows = [part[i] for part, i in batch_places]
             described = [dict(row) for row in batch_rows]
             with isolated_rng(trainer.args.seed, "encode"):
                 batch = trainer.data_collator(_accepted(batch_rows, trainer))

@@ -11,6 +11,9 @@ from dataflex.errors import TrainingError
 from dataflex.train.data.sample_meta import BatchMeta
 from dataflex.train.trainer.token_losses import TokenLosses
 
+# Packages whose `compute_loss` is the plain language-modelling loss that the weighted one takes the place of.
+_KNOWN = ("dataflex.", "transformers.", "trl.", "llamafactory.")
+
 
 def is_trl_sft(trainer: Any) -> bool:
     """Whether the host is TRL's SFTTrainer, which scores labels in a fused output layer of its own."""
@@ -30,6 +33,9 @@ def unsupported(trainer: Any) -> list[str]:
         )
     if getattr(args, "loss_type", "nll") == "dft":
         reasons.append("loss_type: dft replaces the loss that is weighted; set loss_type: nll, or use component_name: dft")
+    own = next((cls for cls in type(trainer).__mro__ if "compute_loss" in vars(cls) and not cls.__module__.startswith(_KNOWN)), None)
+    if own is not None:
+        reasons.append(f"the compute_loss of {own.__name__}: the weighted loss would take its place; express it as a component")
     if args.accelerator_config.split_batches:
         reasons.append("accelerator_config.split_batches: DataFlex shares the rows out itself; set it to false")
     parallelism = getattr(trainer.accelerator, "parallelism_config", None)
@@ -102,4 +108,5 @@ def restore_logging_state(trainer: Any, losses: list[float], last_logged: int) -
     world, rank = trainer.accelerator.num_processes, trainer.accelerator.process_index
     loss = losses[rank] if len(losses) == world else sum(losses) / len(losses)
     trainer._tr_loss = torch.full_like(trainer._tr_loss, loss)
+    trainer._total_loss_scalar -= sum(losses) / len(losses)  # it belongs to steps before the checkpoint, which train_loss leaves out
     trainer._globalstep_last_logged = last_logged

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 import torch
 
+from dataflex.errors import TrainingError
 from dataflex.utils.distributed import gather_rows
 
 _SUMS = ("samples", "weight", "weight_squared", "loss", "nonfinite", "without_targets")
@@ -44,7 +45,7 @@ class WeightMetrics:
         sums = torch.zeros(size, dtype=torch.float64) if self._sums is None else self._sums.cpu()
         extremes = torch.full((2,), -math.inf, dtype=torch.float64) if self._range is None else self._range.cpu()
         sums, extremes = gather_rows(sums).sum(0), gather_rows(extremes).amax(0)
-        return {"sums": sums.tolist(), "range": extremes.tolist()} if bool(torch.isfinite(extremes).all()) else None
+        return {"sums": sums.tolist(), "range": extremes.tolist()} if sums[0] else None
 
     def restore(self, state: dict[str, list[float]] | None, device: torch.device, keep: bool) -> None:
         """Go on from `merged()`; only the rank with `keep` takes it, the others start from nothing."""
@@ -60,6 +61,8 @@ class WeightMetrics:
         if merged is None:
             return {}
         total = dict(zip(_SUMS, merged["sums"], strict=False))
+        if not math.isfinite(total["weight"]):
+            raise TrainingError("the component gave weights that are not finite since the last log line")
         samples, finite = total["samples"], max(total["samples"] - total["nonfinite"], 1)
         lowest, highest = merged["range"]
         metrics = {

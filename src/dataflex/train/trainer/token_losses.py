@@ -141,10 +141,11 @@ class MicroStep:
         """Mean token loss of each sample (n,) with graph."""
         if self.meta.num_samples == 0:
             return self.token_losses
-        return segment_means(self.token_losses, self._counts)
+        return segment_means(self.token_losses, self.counts)
 
     @cached_property
-    def _counts(self) -> torch.Tensor:
+    def counts(self) -> torch.Tensor:
+        """Target tokens of each sample (n,), on the losses' device."""
         return self.meta.counts.to(self.tokens.values.device, non_blocking=True)
 
     def weight_samples(self, weights: torch.Tensor) -> torch.Tensor:
@@ -152,7 +153,7 @@ class MicroStep:
         if not self.per_token:
             # Exactly 1 when all samples are equally long, so that equal weights then give the host's very bits.
             weights = weights * (self.mean_tokens / self.meta.counts.double()).to(weights, non_blocking=True)
-        return self.weight_tokens(weights.repeat_interleave(self._counts, output_size=self.meta.num_targets))
+        return self.weight_tokens(weights.repeat_interleave(self.counts, output_size=self.meta.num_targets))
 
     def weight_tokens(self, weights: torch.Tensor) -> torch.Tensor:
         """sum_t w_t l_t / number of target tokens of the step; `weights` (N,)."""
@@ -237,7 +238,7 @@ def _targets_only(head: nn.Module | None, meta: BatchMeta, device: torch.device)
 def _full_labels(logits: torch.Tensor, meta: BatchMeta, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Label of each logit (-100: none), flattened, and the flat index of the targets."""
     width, device = logits.shape[1], logits.device
-    index = meta.rows.to(device) * width + meta.positions.to(device) + (width - meta.width)
+    index = meta.rows.to(device, non_blocking=True) * width + meta.positions.to(device, non_blocking=True) + (width - meta.width)
     labels = torch.full((logits.shape[0] * width,), -100, device=device).index_copy(0, index, targets)
     return labels, index
 

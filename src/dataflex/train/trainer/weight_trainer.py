@@ -9,12 +9,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from dataflex.errors import ConfigError, Problem, TrainingError
+from dataflex.errors import ComponentError, ConfigError, Problem, TrainingError
 from dataflex.train.data.sample_meta import BatchMeta
 from dataflex.train.trainer import hosts
 from dataflex.train.trainer.dynamic_trainer import DynamicTrainer
 from dataflex.train.trainer.features import captured_hidden_states, encode_rows, pooled_features
 from dataflex.train.trainer.token_losses import MicroStep, TokenLosses, losses_from_logits
+from dataflex.train.weighter.base_weighter import SampleWeighter, Weighter
 from dataflex.utils.distributed import gather_ragged
 
 Signal = Callable[[torch.Tensor], torch.Tensor]
@@ -31,6 +32,8 @@ class WeightTrainer(DynamicTrainer):
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
+        if not isinstance(self.component, Weighter):
+            raise ComponentError(f"{type(self.component).__name__} is no weighter: derive it from dataflex.Weighter or dataflex.SampleWeighter")
         if self.component.needs_features and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
             name = self.dataflex.component_name
             raise ConfigError(
@@ -134,7 +137,13 @@ class WeightTrainer(DynamicTrainer):
 
     def gather_samples(self, values: torch.Tensor) -> torch.Tensor:
         """The rows of `values` (n, ...), one per sample of this rank's micro-batch, of all ranks in rank order. All ranks must call."""
-        return gather_ragged(values, self.step.samples[self.step.position].tolist())
+        lengths = self.step.samples[self.step.position].tolist()
+        if 0 in lengths and not isinstance(self.component, SampleWeighter):
+            raise TrainingError(
+                f"{type(self.component).__name__} gathers samples over the ranks, but a rank without samples does not call get_weighted_loss; "
+                "derive from SampleWeighter, whose sample_weights is called there too"
+            )
+        return gather_ragged(values, lengths)
 
     def own_part(self, gathered: torch.Tensor) -> torch.Tensor:
         """This rank's rows of what `gather_samples` returned."""

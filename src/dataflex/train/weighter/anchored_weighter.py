@@ -52,7 +52,7 @@ class AnchoredWeighter(PopulationWeighter):
 
     def begin_step(self, ctx: Any, model: nn.Module) -> None:
         step = ctx.state.global_step
-        if self.target is None or step - self.refreshed_at >= self.refresh_steps:
+        if self.target is None or not 0 <= step - self.refreshed_at < self.refresh_steps:
             start = time.perf_counter()
             self.target = ctx.encode(self.eval_dataset, self.pooling, self.max_anchors)
             self.refreshed_at = step

@@ -211,10 +211,14 @@ class TokenWeighter(Weighter):
 
     def weighted_loss(self, micro: MicroStep, *, ctx: Any, model: nn.Module, inputs: dict[str, Any]) -> torch.Tensor:
         losses = micro.token_losses
-        weights = torch.where(torch.isfinite(losses), self.token_weights(losses), torch.zeros_like(losses))
+        weights = self.token_weights(losses)
+        if weights.shape != losses.shape:
+            shapes = f"{tuple(losses.shape)}, not {tuple(weights.shape)}"
+            raise ComponentError(f"{type(self).__name__}.token_weights must return one weight per token {shapes}")
+        weights = torch.where(torch.isfinite(losses), weights.to(losses), torch.zeros_like(losses))
         detached = weights.detach()
         if micro.meta.num_samples:
-            per_sample = segment_means(detached, micro.meta.counts.to(detached.device))
+            per_sample = segment_means(detached, micro.counts)
             ctx.record_weights(per_sample, micro.sample_losses.detach())
         return micro.weight_tokens(weights)
 

@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal
 
 import torch
 from annotated_types import Ge, Gt, Lt
+from torch import nn
 
 from dataflex.core.registry import register_weighter
 from dataflex.functional.weights import Anneal, Strategy, annealed, loss_strategy, loss_weights
@@ -64,6 +65,11 @@ class LossWeighter(PopulationWeighter):
             return self.ema.weights(signals, r)
         return loss_weights(signals, strategy=self.strategy, delta=self.delta, r=r)
 
+    def begin_step(self, ctx: Any, model: nn.Module) -> None:
+        if self.ema is not None:
+            self.ema.begin_step()
+        super().begin_step(ctx, model)
+
     def end_step(self, ctx: Any) -> None:
         if self.ema is not None:
             self.ema.end_step()
@@ -97,6 +103,9 @@ class RunningScale:
         if self.values is None:
             return finite.float()
         return torch.where(finite, self._raw(losses, self.values) / self.values[2], torch.zeros_like(losses))
+
+    def begin_step(self) -> None:
+        self._seen = []
 
     def end_step(self) -> None:
         losses = torch.cat(self._seen)
