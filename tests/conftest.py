@@ -1,6 +1,7 @@
 """Settings shared by all tests: no network, one thread per worker, nothing printed by the libraries."""
 
 import os
+import sys
 
 os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1", TOKENIZERS_PARALLELISM="false", OMP_NUM_THREADS="1", CUDA_VISIBLE_DEVICES="")
 
@@ -30,3 +31,5 @@ def _components_of_one_test_only():
         for name in set(classes) - set(before[kind]):
             if not classes[name].__module__.startswith("dataflex."):
                 del classes[name]
+    for name in [name for name in sys.modules if name.startswith("dataflex_plugin_")]:
+        del sys.modules[name]  # a file read again registers its components again

@@ -48,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         demonstrate(options, console)
     except DataflexError as error:
-        print(f"demo: {error}", file=sys.stderr)
+        Console(stderr=True, highlight=False, soft_wrap=True).print(f"demo: {error}", markup=False)
         return 2
     except KeyboardInterrupt:
         console.print(f"Stopped. What was written so far is in {options.output}; the next demo replaces it.")
