@@ -4,7 +4,9 @@ VENV ?= .venv
 CONSTRAINTS ?= constraints.txt
 export HF_HUB_OFFLINE = 1
 
-LLAMAFACTORY_VENV ?= .venv-llamafactory
+# LLaMA-Factory excludes current TRL, hence an environment of its own (several GB), kept until what is to be installed changes.
+LLAMAFACTORY_HASH = $(shell $(PYTHON) -c "import hashlib; print(hashlib.sha256(b''.join(open(f, 'rb').read() for f in ('constraints-llamafactory.txt', 'pyproject.toml'))).hexdigest()[:12])")
+LLAMAFACTORY_VENV ?= $(HOME)/.cache/dataflex/llamafactory-$(LLAMAFACTORY_HASH)
 
 .PHONY: demo test test-llamafactory check format docs clean
 
@@ -23,14 +25,14 @@ demo: $(VENV)/installed
 test: $(VENV)/installed-dev
 	$(VENV)/bin/python -m pytest
 
-# LLaMA-Factory excludes current TRL, hence an environment of its own. It is made anew only when its constraints change.
-$(LLAMAFACTORY_VENV)/installed: constraints-llamafactory.txt pyproject.toml
+$(LLAMAFACTORY_VENV)/installed:
 	$(PYTHON) -m venv $(LLAMAFACTORY_VENV)
 	$(LLAMAFACTORY_VENV)/bin/python -m pip install --quiet --constraint constraints-llamafactory.txt --editable ".[llamafactory,test]"
 	touch $@
 
+# PYTHONPATH, since the environment may have been made from another checkout.
 test-llamafactory: $(LLAMAFACTORY_VENV)/installed
-	$(LLAMAFACTORY_VENV)/bin/python -m pytest tests/backend_llamafactory tests/train tests/functional tests/core
+	PYTHONPATH=$(CURDIR)/src $(LLAMAFACTORY_VENV)/bin/python -m pytest tests/backend_llamafactory tests/train tests/functional tests/core
 
 check: $(VENV)/installed-dev
 	$(VENV)/bin/ruff check .
