@@ -90,10 +90,19 @@ def test_equal_weights_per_token_give_the_static_losses(write, tmp_path):
     assert [entry["loss"] for entry in ours] == [entry["loss"] for entry in static]
 
 
-def test_mask_history_and_train_on_prompt_reach_the_labels(write, tmp_path):
-    answers = train(write(**WEIGHT))
-    everything = train(write(**WEIGHT, train_on_prompt=True, output_dir=str(tmp_path / "prompt")))
-    assert answers[0]["loss"] != everything[0]["loss"]
+def test_masking_and_evaluation_data_of_conversations(write, tmp_path):
+    turns = [("human", "one?"), ("gpt", "two."), ("human", "three?"), ("gpt", "four, five, six.")]
+    row = {"conversations": [{"from": who, "value": said} for who, said in turns]}
+    (tmp_path / "talk.json").write_text(json.dumps([row] * 8))
+    (tmp_path / "dataset_info.json").write_text(json.dumps({"talk": {"file_name": "talk.json", "formatting": "sharegpt"}}))
+    keys = {**WEIGHT, "dataset_dir": str(tmp_path), "dataset": "talk", "eval_dataset": "talk", "do_eval": True, "learning_rate": 0.0}
+    losses, evaluated = {}, {}
+    for name, masking in {"answers": {}, "last answer": {"mask_history": True}, "everything": {"train_on_prompt": True}}.items():
+        out = tmp_path / name
+        losses[name] = train(write(**keys, **masking, output_dir=str(out)))[0]["loss"]
+        evaluated[name] = json.loads((out / "all_results.json").read_text())["eval_loss"]
+    assert len({round(loss, 6) for loss in losses.values()}) == 3
+    assert evaluated["answers"] == pytest.approx(losses["answers"], rel=1e-5)  # equal rows: no weight differs from 1
 
 
 def test_resume_gives_the_same_bits(write, tmp_path):
