@@ -1,0 +1,1 @@
+"""What is learned from the model about rows of data: losses, embeddings, gradients."""

@@ -1,0 +1,107 @@
+"""Results of long scoring passes on disk: whole ones are found again, interrupted ones are taken up where they stopped.
+
+A result lies in a folder named after what it was computed from (model weights, data, parameters), never after the step alone.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from dataflex.utils.files import write_array_atomically
+
+_FLUSH_SECONDS = 30.0
+_KEPT = 4
+
+
+def content_key(**parts: Any) -> str:
+    """A name for everything in `parts` (JSON values)."""
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
+
+
+def array_digest(array: np.ndarray) -> str:
+    return hashlib.sha256(np.ascontiguousarray(array).tobytes()).hexdigest()[:32]
+
+
+@torch.no_grad()
+def model_digest(model: nn.Module) -> str:
+    """Tells whether a model's weights are the same: trained ones by every bit, frozen ones by sum and a sample."""
+    digest = hashlib.sha256()
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        flat = tensor.detach().flatten()
+        if tensor.requires_grad:
+            digest.update(_bits(flat))
+        else:
+            digest.update(_bits(flat[:: max(1, flat.numel() // 1024)]) + repr(float(flat.double().sum())).encode())
+    return digest.hexdigest()[:32]
+
+
+def tensors_digest(tensors: dict[str, torch.Tensor]) -> str:
+    digest = hashlib.sha256()
+    for name, tensor in tensors.items():
+        digest.update(name.encode() + _bits(tensor.detach().flatten()))
+    return digest.hexdigest()[:32]
+
+
+def _bits(flat: torch.Tensor) -> bytes:
+    return flat.cpu().contiguous().view(torch.uint8).numpy().tobytes()
+
+
+class PartStore:
+    """Rows of one result: `values.npy` when whole, before that parts of this rank.
+
+    Without a folder nothing is kept.
+    """
+
+    def __init__(self, cache_dir: str | Path | None, signal: str, key: str, rank: int, world: int):
+        self.folder = None if cache_dir is None else Path(cache_dir) / f"{signal}-{key}"
+        self.signal, self.rank, self.world = signal, rank, world
+        self._pending: list[tuple[np.ndarray, np.ndarray]] = []
+        self._flushed = time.monotonic()
+
+    def whole(self) -> np.ndarray | None:
+        """The complete result, or None."""
+        path = None if self.folder is None else self.folder / "values.npy"
+        return np.load(path, allow_pickle=False) if path is not None and path.is_file() else None
+
+    def parts(self) -> list[tuple[np.ndarray, np.ndarray]]:
+        """(positions, values) that an interrupted pass left; every part is read by one rank."""
+        if self.folder is None:
+            return []
+        found = []
+        for path in sorted(self.folder.glob("part-*.npy"))[self.rank :: self.world]:
+            block = np.load(path, allow_pickle=False)
+            found.append((block[:, 0].astype(np.int64), block[:, 1:]))
+        return found
+
+    def add(self, positions: np.ndarray, values: np.ndarray) -> None:
+        """Keep rows; they reach the disk within half a minute."""
+        self._pending.append((positions, values))
+        if time.monotonic() - self._flushed > _FLUSH_SECONDS:
+            self.flush()
+
+    def flush(self) -> None:
+        if self.folder is not None and self._pending:
+            block = np.concatenate([np.concatenate([positions[:, None].astype(np.float64), values], 1) for positions, values in self._pending])
+            write_array_atomically(self.folder / f"part-{self.rank}-{time.time_ns()}.npy", block)
+        self._pending, self._flushed = [], time.monotonic()
+
+    def finish(self, values: np.ndarray) -> None:
+        """Keep the complete result, and of this signal's earlier ones only the newest. Call on one rank, after all have flushed."""
+        if self.folder is None:
+            return
+        write_array_atomically(self.folder / "values.npy", values)
+        for path in self.folder.glob("part-*.npy"):
+            path.unlink()
+        results = sorted(self.folder.parent.glob(f"{self.signal}-*/values.npy"), key=lambda path: -path.stat().st_mtime_ns)
+        for old in results[_KEPT:]:
+            shutil.rmtree(old.parent, ignore_errors=True)
