@@ -50,8 +50,19 @@ def test_build_matches_by_name_and_converts(registry):
     assert (leaf.width, leaf.depth, leaf.dataset) == (2, 3.0, [1]) and isinstance(leaf.depth, float)
 
 
-def test_runtime_objects_win_over_yaml(registry):
-    assert registry.build("weighter", "leaf", runtime={"dataset": "live"}, cfg={"width": 1, "dataset": "yaml"}).dataset == "live"
+def test_live_objects_cannot_be_set_in_yaml(registry):
+    with pytest.raises(ComponentError, match="dataset: is provided by the run and cannot be set here"):
+        registry.build("weighter", "leaf", runtime={"dataset": "live"}, cfg={"width": 1, "dataset": "yaml"})
+
+
+def test_the_seed_may_be_set_in_yaml(registry):
+    class Seeded:
+        def __init__(self, seed: int = 0):
+            self.seed = seed
+
+    registry.register("weighter", "seeded")(Seeded)
+    assert registry.build("weighter", "seeded", runtime={"seed": 42}, cfg={}).seed == 42
+    assert registry.build("weighter", "seeded", runtime={"seed": 42}, cfg={"seed": 7}).seed == 7
 
 
 @pytest.mark.parametrize(

@@ -17,10 +17,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
-from dataflex import WeightTrainer
 from dataflex.backends import installed
 from dataflex.testing.distributed import run_distributed
 from dataflex.testing.tiny import pad_collator, tiny_model, tiny_rows, tiny_tokenizer
+from dataflex.train.trainer.by_type import trainer_for
 from dataflex.utils.distributed import leave
 
 # The Trainers that DataFlex is put in front of, in the environment at hand: LLaMA-Factory excludes current TRL.
@@ -28,6 +28,7 @@ HOSTS = ["trainer", "llamafactory"] if installed("llamafactory") else ["trainer"
 
 DEFAULTS: dict[str, Any] = {
     "host": "trainer",
+    "train_type": "dynamic_weight",
     "component": None,  # None: the host alone
     "params": {},
     "dataflex": {},
@@ -48,6 +49,8 @@ DEFAULTS: dict[str, Any] = {
     "stop_at": None,  # leave the loop after this optimizer step
     "model": {},
     "domains": 0,
+    "eval_rows": 6,
+    "kill_in": None,  # SIGKILL in the how-manieth batch that is scored
     "double": False,  # model in float64
 }
 
@@ -85,7 +88,7 @@ def make_trainer(spec: dict[str, Any], out: str):
     train = datasets.Dataset.from_list(rows)
     if spec["domains"]:
         train = train.add_column("domain_id", [k % spec["domains"] for k in range(len(rows))])
-    evaluation = datasets.Dataset.from_list(tiny_rows(6, seed=1, lengths=tuple(spec["lengths"])))
+    evaluation = datasets.Dataset.from_list(tiny_rows(spec["eval_rows"], seed=1, lengths=tuple(spec["lengths"])))
     common = {
         "output_dir": out,
         "per_device_train_batch_size": spec["batch"],
@@ -139,7 +142,7 @@ def make_trainer(spec: dict[str, Any], out: str):
     if spec["component"] is None:
         return base(**kwargs), recorder
     config = {"component_name": spec["component"], "component_params": spec["params"], **spec["dataflex"]}
-    return WeightTrainer.over(base)(**kwargs, dataflex=config), recorder
+    return trainer_for(spec["train_type"]).over(base)(**kwargs, dataflex=config), recorder
 
 
 def _with_lora(kwargs: dict[str, Any], host: str) -> dict[str, Any]:
@@ -150,6 +153,22 @@ def _with_lora(kwargs: dict[str, Any], host: str) -> dict[str, Any]:
         return {**kwargs, "peft_config": config}
     torch.manual_seed(0)
     return {**kwargs, "model": get_peft_model(kwargs["model"], config)}
+
+
+def _kill_while_scoring(trainer: Any, number: int) -> None:
+    """SIGKILL in the middle of a pass over the rows, with everything before it on disk."""
+    from dataflex.signals import store
+
+    store._FLUSH_SECONDS = 0.0
+    add, added = store.PartStore.add, []
+
+    def adding(self, positions, values):
+        add(self, positions, values)
+        added.append(positions)
+        if len(added) == number:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    store.PartStore.add = adding
 
 
 class Result:
@@ -163,7 +182,7 @@ class Result:
 
     def logged(self, *names: str) -> list[Any]:
         """Per log line, the values under `names` (all but timings by default)."""
-        timings = ("runtime", "per_second", "flos", "train_loss")
+        timings = ("runtime", "per_second", "flos", "train_loss", "seconds", "share_of_time")
         keep = (lambda key: key in names) if names else (lambda key: not any(word in key for word in timings))
         return [values for entry in self.log if (values := {key: value for key, value in entry.items() if keep(key)}) and "loss" in entry]
 
@@ -172,6 +191,8 @@ def train(spec: dict[str, Any], out: str | Path) -> Result | None:
     """Train in this process; results are written by rank 0."""
     spec = {**DEFAULTS, **spec}
     trainer, recorder = make_trainer(spec, str(out))
+    if spec["kill_in"] is not None:
+        _kill_while_scoring(trainer, spec["kill_in"])
     trainer.train(resume_from_checkpoint=spec["resume"])
     if not trainer.is_world_process_zero():
         return None
@@ -185,16 +206,17 @@ def train(spec: dict[str, Any], out: str | Path) -> Result | None:
 
 def run(spec: dict[str, Any], out: str | Path, world: int = 1, check: bool = True) -> Result:
     """Train in `world` processes (in a child process when a kill is wanted) and read the result."""
-    if world == 1 and spec.get("kill_at") is None:
+    killed = spec.get("kill_at") is not None or spec.get("kill_in") is not None
+    if world == 1 and not killed:
         result = train(spec, out)
         assert result is not None
         return result
     Path(out).mkdir(parents=True, exist_ok=True)
     path = Path(out) / "spec.json"
     path.write_text(json.dumps({**spec, "out": str(out)}))
-    done = run_distributed(__file__, str(path), world=world, check=check and spec.get("kill_at") is None)
-    assert spec.get("kill_at") is None or done.returncode != 0
-    return None if spec.get("kill_at") is not None else Result(out)  # type: ignore[return-value]
+    done = run_distributed(__file__, str(path), world=world, check=check and not killed)
+    assert not killed or done.returncode != 0
+    return None if killed else Result(out)  # type: ignore[return-value]
 
 
 def relative(a: torch.Tensor, b: torch.Tensor) -> float:

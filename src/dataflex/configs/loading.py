@@ -88,7 +88,7 @@ def load_run(path: str | Path, overrides: Sequence[str] = ()) -> RunFile:
     own = {key: value for key, value in values.items() if key in DataflexConfig.model_fields}
     backend = {key: value for key, value in values.items() if key not in own}
     run = RunFile(path, DataflexConfig(), backend, content, overridden={item.split("=")[0].split(".")[0] for item in overrides})
-    run.dataflex = checked(DataflexConfig, own, run) or DataflexConfig()
+    run.dataflex = checked(DataflexConfig, own, run, stand_ins={"update_step": 1}) or DataflexConfig()  # its default is no value for these
     return run
 
 

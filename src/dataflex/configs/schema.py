@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+import math
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 PACKAGED_COMPONENTS = "src/dataflex/configs/components.yaml"
 
 TrainType = Literal["static", "dynamic_weight", "dynamic_select", "dynamic_mix"]
+
+
+def _numbers(value: Any) -> Any:
+    """`0.2, 0.8` as LLaMA-Factory writes lists."""
+    return [part.strip() for part in value.split(",") if part.strip()] if isinstance(value, str) else value
 
 
 class DataflexConfig(BaseModel):
@@ -25,6 +31,13 @@ class DataflexConfig(BaseModel):
         PACKAGED_COMPONENTS, description="YAML file with the components and their parameters. If absent there, the default names the packaged file."
     )
     warmup_step: int = Field(0, ge=0, description="Optimizer steps of ordinary training before the algorithm sets in.")
+    update_step: int = Field(0, ge=0, description="Select and mix: optimizer steps from one decision to the next.")
+    update_times: int = Field(
+        1,
+        ge=-1,
+        description="Select and mix: decisions in a stage of `warmup_step + update_step * update_times` steps, which `num_train_epochs` repeats; "
+        "`-1`: decide until training ends, and `num_train_epochs` counts passes over the data.",
+    )
     train_step: int = Field(0, ge=0, description="Total optimizer steps, warm-up included; wins over epochs when above 0.")
     loss_normalization: Literal["sample", "token"] = Field(
         "sample",
@@ -36,6 +49,19 @@ class DataflexConfig(BaseModel):
         description="Run the output layer only where a token has a label. Saves time and memory; gradients agree to rounding. "
         "`false` computes all logits, with the very bits of ordinary training.",
     )
+    static_mix: bool = Field(False, description="Mix: keep the initial proportions; no component decides.")
+    mixture_sample_rule: Literal["mixture", "stratified", "uniform"] = Field(
+        "mixture",
+        description="Mix: `mixture` follows the mixer's proportions, `stratified` the sizes of the domains (a pass holds every row once), "
+        "`uniform` gives every domain the same.",
+    )
+    init_mixture_proportions: Annotated[list[float], BeforeValidator(_numbers)] | None = Field(
+        None, description="Mix: proportions at the start, one for each domain in the order of `dataset`; equal if left out. Scaled to sum to 1."
+    )
+    mixture_unit: Literal["sample", "token"] = Field("sample", description="Mix: whether proportions count samples or tokens.")
+    scoring_tokens: int = Field(
+        4096, ge=1, description="Tokens, padding included, in a batch when rows are scored outside the training step. Lower it if memory runs out."
+    )
     allow_changed_resume: bool = Field(False, description="Resume although data, component or settings differ from those of the checkpoint.")
     backend: Literal["auto", "trl", "llamafactory"] = Field(
         "auto", description="The library that trains; `auto` takes LLaMA-Factory where it is installed, else TRL."
@@ -45,16 +71,41 @@ class DataflexConfig(BaseModel):
     @model_validator(mode="after")
     def _consistent(self) -> DataflexConfig:
         problems = []
-        if self.train_type != "static" and self.component_name is None:
+        if self.train_type != "static" and self.component_name is None and not self.keeps_mixture:
             problems.append(f"component_name: is required with train_type: {self.train_type}; `dataflex-cli components` lists the algorithms")
         if 0 < self.train_step < self.warmup_step:
             problems.append(
                 f"warmup_step: is {self.warmup_step} but train_step, which includes the warm-up, is {self.train_step}; "
                 "the algorithm would never set in. Allowed: warmup_step <= train_step"
             )
+        if self.train_type in ("dynamic_select", "dynamic_mix") and not self.keeps_mixture:
+            problems += self._schedule_problems()
+        if self.train_type == "dynamic_mix":
+            problems += self._mixture_problems()
         if problems:
             raise ValueError("\n".join(problems))
         return self
+
+    @property
+    def keeps_mixture(self) -> bool:
+        """Whether the run mixes by its initial proportions throughout."""
+        return self.train_type == "dynamic_mix" and self.static_mix
+
+    def _mixture_problems(self) -> list[str]:
+        given, problems = self.init_mixture_proportions, []
+        if given is not None and (not all(math.isfinite(p) and p >= 0 for p in given) or not sum(given) > 0):
+            problems.append(f"init_mixture_proportions: must be numbers of at least 0 with one above 0, not {given}")
+        if given is not None and self.mixture_sample_rule != "mixture":
+            problems.append(f"init_mixture_proportions: has no effect with mixture_sample_rule: {self.mixture_sample_rule}; leave one of the two out")
+        return problems
+
+    def _schedule_problems(self) -> list[str]:
+        problems = []
+        if self.update_step == 0:
+            problems.append(f"update_step: must be at least 1 with train_type: {self.train_type}; it is the number of steps between decisions")
+        if self.update_times == 0:
+            problems.append("update_times: must be at least 1, or -1 to decide until training ends; with 0 the algorithm would never set in")
+        return problems
 
 
 COMPONENT_KIND = {"dynamic_weight": "weighter", "dynamic_select": "selector", "dynamic_mix": "mixer"}

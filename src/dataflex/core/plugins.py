@@ -18,7 +18,8 @@ ENTRY_POINT_GROUP = "dataflex.components"
 
 def load_builtin_components() -> None:
     """Register the components that ship with DataFlex."""
-    importlib.import_module("dataflex.train.weighter")
+    for package in ("weighter", "selector", "mixer"):
+        importlib.import_module(f"dataflex.train.{package}")
 
 
 def load_plugins(plugins: Sequence[str] = (), *, base: Path | None = None, where: str = "plugins") -> None:

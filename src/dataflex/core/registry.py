@@ -30,6 +30,9 @@ RUNTIME_NAMES = (
     "seed",
 )
 
+# Those of them that a YAML file may set nevertheless.
+SETTABLE_NAMES = ("output_dir", "cache_dir", "seed")
+
 T = TypeVar("T", bound=type)
 
 
@@ -79,7 +82,7 @@ class Registry:
             raise ComponentError("; ".join(f"{kind} '{name}', parameter {problem.key}: {problem.message}" for problem in problems))
         accepted = parameters_of(cls)
         live = {key: value for key, value in runtime.items() if key in accepted}
-        return cls(**{**convert_parameters(cls, cfg or {}), **live})
+        return cls(**{**live, **convert_parameters(cls, cfg or {})})
 
     def _bucket(self, kind: str) -> dict[str, type]:
         if kind not in self._classes:
@@ -109,13 +112,21 @@ def settings_of(cls: type) -> dict[str, inspect.Parameter]:
     return {name: parameter for name, parameter in parameters_of(cls).items() if name not in RUNTIME_NAMES}
 
 
+def uses_eval_dataset(cls: Any, params: Mapping[str, Any]) -> bool:
+    """Whether a component needs evaluation data with these parameters."""
+    asked = getattr(cls, "uses_eval_dataset", None)
+    return bool(asked(params)) if asked is not None else bool(getattr(cls, "needs_eval_dataset", False))
+
+
 def check_parameters(cls: type, params: Mapping[str, Any]) -> list[Problem]:
     """What is wrong with YAML `params` for `cls`: unknown names, wrong types or values, missing ones."""
     settings = settings_of(cls)
     accepted = parameters_of(cls)
     problems = []
     for name, value in params.items():
-        if name not in accepted:
+        if name in RUNTIME_NAMES and name not in SETTABLE_NAMES:
+            problems.append(Problem("", name, "is provided by the run and cannot be set here"))
+        elif name not in accepted:
             problems.append(Problem("", name, f"is not a parameter of {cls.__name__}.{nearest(name, settings)} It accepts: {listing(settings)}"))
         elif name in settings:
             problems += _check_value(name, settings[name], value)

@@ -17,7 +17,7 @@ from dataflex.errors import ResumeError
 from dataflex.utils.files import sha256, write_json_atomically
 
 FOLDER = "dataflex"
-VERSION = 1
+VERSION = 2
 
 
 def save_state(checkpoint: str | Path, state: dict[str, Any], tensors: dict[str, torch.Tensor]) -> None:

@@ -8,6 +8,7 @@ import sys
 from functools import lru_cache
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 
@@ -64,8 +65,20 @@ def gather_ragged(part: torch.Tensor, lengths: list[int]) -> torch.Tensor:
     padded = part.new_zeros((max(lengths), *part.shape[1:]))
     padded[: len(part)] = part
     parts = [torch.empty_like(padded) for _ in lengths]
-    dist.all_gather(parts, padded)
+    dist.all_gather(parts, padded, group=_cpu_group() if part.device.type == "cpu" else None)
     return torch.cat([rows[:length] for rows, length in zip(parts, lengths, strict=True)])
+
+
+def broadcast_array(values: np.ndarray) -> np.ndarray:
+    """Rank 0's array (n,), on every rank; all have the same type, but maybe not the same length."""
+    if world_size() == 1:
+        return values
+    length = torch.tensor([len(values)])
+    dist.broadcast(length, src=0, group=_cpu_group())
+    own = torch.from_numpy(np.ascontiguousarray(values))
+    received = own if rank() == 0 else own.new_empty(int(length))
+    dist.broadcast(received, src=0, group=_cpu_group())
+    return received.numpy()
 
 
 def sum_over_ranks(value: torch.Tensor) -> torch.Tensor:

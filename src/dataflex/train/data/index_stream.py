@@ -10,13 +10,14 @@ from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 from torch.utils.data import Dataset
 
 from dataflex.utils.seeding import isolated_rng
 
 
 class Place(NamedTuple):
-    """A row as it comes up in an epoch. `counts` is False for one that only keeps a rank busy."""
+    """A row as it comes up in an epoch, or in a plan. `counts` is False for one that only keeps a rank busy."""
 
     epoch: int
     row: int
@@ -67,11 +68,47 @@ class IndexStream:
         if self.row >= len(self.order(self.epoch)):
             self.epoch, self.row = self.epoch + 1, 0
 
-    def state_dict(self) -> dict[str, int]:
+    def state_dict(self) -> dict[str, Any]:
         return {"epoch": self.epoch, "row": self.row}
 
-    def load_state_dict(self, state: dict[str, int]) -> None:
+    def load_state_dict(self, state: dict[str, Any]) -> None:
         self.epoch, self.row = state["epoch"], state["row"]
+
+
+class PlanStream:
+    """Global micro-batches of rows that were decided beforehand: one plan after the other, each set at a boundary.
+
+    Nothing is read beyond the plan at hand, so nothing of the next one is known before it is decided.
+    """
+
+    def __init__(self, micro_batch_size: int):
+        self.micro_batch_size = micro_batch_size
+        self.number = -1
+        self.row = 0
+        self.plan = np.zeros(0, dtype=np.int64)
+
+    def set_plan(self, number: int, rows: np.ndarray) -> None:
+        """Start plan `number`; its length is a multiple of the micro-batch size."""
+        assert len(rows) % self.micro_batch_size == 0
+        self.number, self.row, self.plan = number, 0, rows.astype(np.int64, copy=False)
+
+    @property
+    def exhausted(self) -> bool:
+        return self.row >= len(self.plan)
+
+    def upcoming(self) -> Iterator[tuple[int, np.ndarray]]:
+        """(plan, rows) of the micro-batches from the current position to the end of the plan."""
+        for start in range(self.row, len(self.plan), self.micro_batch_size):
+            yield self.number, self.plan[start : start + self.micro_batch_size]
+
+    def advance(self) -> None:
+        self.row += self.micro_batch_size
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"number": self.number, "row": self.row, "plan": torch.from_numpy(self.plan.copy())}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.number, self.row, self.plan = state["number"], state["row"], state["plan"].numpy()
 
 
 class RankBatches:
@@ -81,7 +118,7 @@ class RankBatches:
     but the row's labels are taken away and it is no sample.
     """
 
-    def __init__(self, stream: IndexStream, rank: int, world: int):
+    def __init__(self, stream: IndexStream | PlanStream, rank: int, world: int):
         self.stream, self.rank, self.world = stream, rank, world
 
     def __iter__(self) -> Iterator[list[Place]]:

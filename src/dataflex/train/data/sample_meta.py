@@ -18,7 +18,8 @@ from dataflex.train.data.index_stream import Place
 from dataflex.utils.seeding import isolated_rng
 
 META = "dataflex_meta"
-_ROW_FIELDS = ("input_ids", "attention_mask", "position_ids", "seq_lengths")
+DOMAIN_COLUMN = "domain_id"
+ROW_FIELDS = ("input_ids", "attention_mask", "position_ids", "seq_lengths")
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,7 @@ class BatchMeta:
         token_samples: sample of every token (B, L), -1 for padding and for samples without targets.
         num_without_targets: samples left out because no token of theirs has a label.
         width: L.
+        num_rows: data set rows in the batch.
     """
 
     sample_ids: torch.Tensor
@@ -45,6 +47,7 @@ class BatchMeta:
     token_samples: torch.Tensor
     num_without_targets: int
     width: int
+    num_rows: int
 
     def pin_memory(self) -> BatchMeta:
         """What a DataLoader with pinned memory calls, so that copies to a GPU need not wait."""
@@ -126,6 +129,7 @@ def build_meta(
         token_samples=token_samples,
         num_without_targets=int((~kept).sum()) if count_rows else 0,
         width=documents.shape[1],
+        num_rows=len(rows),
     )
 
 
@@ -152,20 +156,35 @@ def _documents(rows: Sequence[Mapping[str, Any]], shape: tuple[int, ...]) -> tup
     return documents, torch.tensor(sources, dtype=torch.int64)
 
 
-class MetaCollator:
-    """The host's collator, run under a generator derived from the epoch and the rows' ids, with the batch's meta object attached."""
+def _without_domain(row: Any) -> Any:
+    """Collators that keep every column would hand the domain to the model."""
+    return {name: value for name, value in row.items() if name != DOMAIN_COLUMN} if isinstance(row, dict) and DOMAIN_COLUMN in row else row
 
-    def __init__(self, collate: Callable[[list[Any]], Any], domains: np.ndarray | None, seed: int):
-        self.collate, self.domains, self.seed = collate, domains, seed
+
+class KeyedCollator:
+    """The host's collator, run under a generator derived from the epoch and the rows' ids."""
+
+    def __init__(self, collate: Callable[[list[Any]], Any], seed: int):
+        self.collate, self.seed = collate, seed
 
     def __call__(self, items: list[tuple[Place, Any]]) -> Any:
-        places, rows = [place for place, _ in items], [row for _, row in items]
-        count_rows = all(place.counts for place in places)
-        ids = [place.row for place in places]
-        described = [{field: row[field] for field in _ROW_FIELDS if field in row} for row in rows]  # collators may empty the rows
-        with isolated_rng(self.seed, "collate", *places):
-            batch = self.collate(rows)
-        batch[META] = build_meta(ids, described, batch, self.domains, count_rows)
+        rows = [_without_domain(row) for _, row in items]
+        with isolated_rng(self.seed, "collate", *(place for place, _ in items)):
+            return self.collate(rows)
+
+
+class MetaCollator(KeyedCollator):
+    """As `KeyedCollator`, with the batch's meta object attached."""
+
+    def __init__(self, collate: Callable[[list[Any]], Any], domains: np.ndarray | None, seed: int):
+        super().__init__(collate, seed)
+        self.domains = domains
+
+    def __call__(self, items: list[tuple[Place, Any]]) -> Any:
+        count_rows = all(place.counts for place, _ in items)
+        described = [{field: row[field] for field in ROW_FIELDS if field in row} for _, row in items]  # collators may empty the rows
+        batch = super().__call__(items)
+        batch[META] = build_meta([place.row for place, _ in items], described, batch, self.domains, count_rows)
         if not count_rows:
             for key in ("labels", "shift_labels"):
                 if key in batch:

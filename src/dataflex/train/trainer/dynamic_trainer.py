@@ -10,7 +10,6 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from typing import Any, ClassVar
@@ -29,15 +28,13 @@ from dataflex.core.registry import REGISTRY
 from dataflex.core.state import load_state, newest_complete_checkpoint, save_state
 from dataflex.errors import ComponentError, ConfigError, Problem, ResumeError, TrainingError
 from dataflex.train.data.fingerprint import dataset_fingerprint
-from dataflex.train.data.index_stream import IndexedRows, IndexStream, RankBatches
-from dataflex.train.data.sample_meta import META, BatchMeta, MetaCollator
+from dataflex.train.data.index_stream import IndexedRows, IndexStream, PlanStream, RankBatches
+from dataflex.train.data.sample_meta import DOMAIN_COLUMN, KeyedCollator, MetaCollator
 from dataflex.train.trainer import hosts
-from dataflex.train.trainer.metrics import WeightMetrics
+from dataflex.train.trainer.metrics import BoundaryMetrics, WeightMetrics
 from dataflex.utils.distributed import gather_rows
 from dataflex.utils.logging import logger
 from dataflex.utils.seeding import derive_seed, isolated_rng
-
-DOMAIN_COLUMN = "domain_id"
 
 # Training arguments that change the course of training; a resume with others is another run.
 _COURSE = (
@@ -66,39 +63,12 @@ _COURSE = (
 )
 
 
-@dataclass
-class OptimizerStep:
-    """The micro-batches of one optimizer step, as known before its first forward pass.
-
-    Attributes:
-        batches: this rank's collated micro-batches.
-        metas: their samples.
-        samples, targets: samples and target tokens of every micro-batch on every rank, shape (micro-batches, ranks).
-        position: number of micro-batches already trained on.
-    """
-
-    batches: list[dict[str, Any]]
-    metas: list[BatchMeta]
-    samples: np.ndarray
-    targets: np.ndarray
-    position: int = 0
-    num_samples: torch.Tensor = field(default_factory=lambda: torch.zeros(0))
-    num_targets: torch.Tensor = field(default_factory=lambda: torch.zeros(0))
-
-    @property
-    def meta(self) -> BatchMeta:
-        return self.metas[self.position]
-
-    def own_part(self, rank: int, micro_step: int) -> slice:
-        """Where this rank's samples of a micro-batch stand among all samples of that micro-batch."""
-        start = int(self.samples[micro_step, :rank].sum())
-        return slice(start, start + int(self.samples[micro_step, rank]))
-
-
 class DynamicTrainer(Trainer):
     """Base of `WeightTrainer` and its siblings. Use them: `WeightTrainer.over(SFTTrainer)(..., dataflex=DataflexConfig(...))`."""
 
     train_type: ClassVar[TrainType]
+    own_settings: ClassVar[tuple[str, ...]] = ()
+    """Further keys of `DataflexConfig` that decide the course of training."""
 
     @classmethod
     @cache
@@ -132,10 +102,10 @@ class DynamicTrainer(Trainer):
         self._apply_train_step()
         self._resume: Path | None = None
         self._pending: dict[str, Any] | None = None
-        self._step: OptimizerStep | None = None
         self._batches: Iterator[Any] | None = None
         self.domains = self._read_domains(domain_names)
-        self.metrics = WeightMetrics(domain_names or self._domain_numbers())
+        self.domain_names = list(domain_names or self._domain_numbers())
+        self.metrics = self._make_metrics()
         self.events = EventLog(str(self.args.output_dir), active=self.accelerator.is_main_process)
         self.component, self.component_settings = self._adopt(component) if component is not None else self._build_component()
         values, tensors = self._component_state()
@@ -144,11 +114,18 @@ class DynamicTrainer(Trainer):
     # ---------------------------------------------------------------- set-up
 
     def _refuse_unsupported(self) -> None:
-        reasons = hosts.unsupported(self)
+        reasons = self._unsupported()
         if self.train_dataset is not None and not hasattr(self.train_dataset, "__len__"):
             reasons.append("a streaming data set: DataFlex needs to know its rows; load it without streaming")
         if reasons:
             raise ConfigError([Problem("", self.train_type, f"cannot be combined with {reason}") for reason in reasons])
+
+    def _unsupported(self) -> list[str]:
+        """What of the host's settings this trainer cannot work with."""
+        return hosts.unsupported_order(self)
+
+    def _make_metrics(self) -> WeightMetrics | BoundaryMetrics:
+        raise NotImplementedError
 
     def _apply_train_step(self) -> None:
         steps = self.dataflex.train_step
@@ -162,10 +139,14 @@ class DynamicTrainer(Trainer):
     def _build_component(self) -> tuple[Any, dict[str, Any]]:
         config, kind = self.dataflex, COMPONENT_KIND[self.train_type]
         load_plugins(config.plugins)
-        assert config.component_name is not None
-        in_file = component_params(kind, config.component_name, config.components_cfg_file, substitute={"output_dir": str(self.args.output_dir)})
-        params = {**in_file, **config.component_params}
-        runtime = {
+        name = config.component_name or "static"  # a mixture that no component decides on
+        in_file = component_params(kind, name, config.components_cfg_file, substitute={"output_dir": str(self.args.output_dir)})
+        params = {**in_file, **(config.component_params if config.component_name else {})}
+        return REGISTRY.build(kind, name, runtime=self._runtime(), cfg=params), params
+
+    def _runtime(self) -> dict[str, Any]:
+        """Live objects that a component may ask for."""
+        return {
             "dataset": self.train_dataset,
             "eval_dataset": self.eval_dataset,
             "accelerator": self.accelerator,
@@ -175,13 +156,12 @@ class DynamicTrainer(Trainer):
             "cache_dir": str(Path(str(self.args.output_dir)) / "dataflex" / "cache"),
             "seed": self.args.seed,
         }
-        return REGISTRY.build(kind, config.component_name, runtime=runtime, cfg=params), params
 
     def _adopt(self, component: Any) -> tuple[Any, dict[str, Any]]:
         """A ready-made component, given the run's evaluation data, and its public settings."""
         if isinstance(component, type):
             raise ComponentError(f"component must be an object, not the class {component.__name__}: write {component.__name__}(...)")
-        if getattr(component, "needs_eval_dataset", False) and component.eval_dataset is None:
+        if getattr(component, "needs_eval_dataset", False) and getattr(component, "eval_dataset", None) is None:
             component.eval_dataset = self.eval_dataset
             if not self.eval_dataset:
                 raise ComponentError(f"{type(component).__name__} compares samples with evaluation data, and there is none")
@@ -208,29 +188,12 @@ class DynamicTrainer(Trainer):
 
     def get_train_dataloader(self) -> DataLoader:
         loader = super().get_train_dataloader()
-        sampler, world = get_sampler(loader), self.accelerator.num_processes
-
-        def epoch_order(epoch: int) -> np.ndarray:
-            if hasattr(sampler, "set_epoch"):
-                sampler.set_epoch(epoch)
-            elif isinstance(getattr(sampler, "generator", None), torch.Generator):
-                sampler.generator.manual_seed(derive_seed(self.args.seed, "epoch order", epoch))
-            with isolated_rng(self.args.seed, "epoch order", epoch):
-                return np.fromiter(iter(sampler), dtype=np.int64)
-
-        self._stream = IndexStream(epoch_order, self._train_batch_size * world, drop_last=self.args.dataloader_drop_last)
-        if not self._stream.micro_batches_per_epoch():
-            raise TrainingError(f"there are fewer rows than a micro-batch of {self._stream.micro_batch_size} takes, and dataloader_drop_last is set")
-        if len(loader) != self._stream.micro_batches_per_epoch():
-            raise TrainingError(
-                f"the host's loader has {len(loader)} batches in an epoch where {self._stream.micro_batches_per_epoch()} are expected; "
-                "its batch sampler is not supported"
-            )
+        self._stream: Any = self._make_stream(loader)
         workers = self.args.dataloader_num_workers
         self._loader: DataLoader[Any] = DataLoader(
             IndexedRows(loader.dataset, self.args.seed),
-            batch_sampler=RankBatches(self._stream, self.accelerator.process_index, world),
-            collate_fn=MetaCollator(loader.collate_fn, self.domains, self.args.seed),
+            batch_sampler=RankBatches(self._stream, self.accelerator.process_index, self.accelerator.num_processes),
+            collate_fn=self._make_collator(loader),
             num_workers=workers,
             pin_memory=self.args.dataloader_pin_memory and torch.cuda.is_available(),
             prefetch_factor=self.args.dataloader_prefetch_factor if workers else None,
@@ -242,6 +205,42 @@ class DynamicTrainer(Trainer):
         self._component_state()  # a state that cannot be saved is better known before the first step
         if self._resume is not None:
             self._restore(self._resume)
+        else:
+            self._rewind(0)
+        return self._pacing_loader(loader)
+
+    @property
+    def micro_batch_size(self) -> int:
+        """Rows of a micro-batch over all ranks."""
+        return int(self._train_batch_size) * self.accelerator.num_processes
+
+    def _make_stream(self, loader: DataLoader[Any]) -> IndexStream | PlanStream:
+        """The order in which rows come: here the host's own, epoch after epoch."""
+        sampler = get_sampler(loader)
+
+        def epoch_order(epoch: int) -> np.ndarray:
+            if hasattr(sampler, "set_epoch"):
+                sampler.set_epoch(epoch)
+            elif isinstance(getattr(sampler, "generator", None), torch.Generator):
+                sampler.generator.manual_seed(derive_seed(self.args.seed, "epoch order", epoch))
+            with isolated_rng(self.args.seed, "epoch order", epoch):
+                return np.fromiter(iter(sampler), dtype=np.int64)
+
+        stream = IndexStream(epoch_order, self.micro_batch_size, drop_last=self.args.dataloader_drop_last)
+        if not stream.micro_batches_per_epoch():
+            raise TrainingError(f"there are fewer rows than a micro-batch of {stream.micro_batch_size} takes, and dataloader_drop_last is set")
+        if len(loader) != stream.micro_batches_per_epoch():
+            raise TrainingError(
+                f"the host's loader has {len(loader)} batches in an epoch where {stream.micro_batches_per_epoch()} are expected; "
+                "its batch sampler is not supported"
+            )
+        return stream
+
+    def _make_collator(self, loader: DataLoader[Any]) -> KeyedCollator:
+        return MetaCollator(loader.collate_fn, self.domains, self.args.seed)
+
+    def _pacing_loader(self, loader: DataLoader[Any]) -> DataLoader[Any]:
+        """What the host counts its epochs with; it is never iterated."""
         return loader
 
     def get_batch_samples(self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device) -> tuple[list[Any], Any]:
@@ -250,7 +249,7 @@ class DynamicTrainer(Trainer):
             hosts.restore_host_state(self, self._pending["host"])
             self._pending = None
         batches, num_items = super().get_batch_samples(self._next_batches(num_batches), num_batches, device)
-        self._step = self._describe(batches, device)
+        self._describe(batches, device)
         return batches, num_items
 
     def _next_batches(self, number: int) -> Iterator[Any]:
@@ -261,37 +260,8 @@ class DynamicTrainer(Trainer):
             self._stream.advance()
             yield batch
 
-    def _describe(self, batches: list[dict[str, Any]], device: torch.device) -> OptimizerStep:
-        metas = [batch.pop(META) for batch in batches]
-        counts = torch.tensor([[meta.num_samples, meta.num_targets] for meta in metas], dtype=torch.int64)
-        gathered = gather_rows(counts).numpy()  # (ranks, micro-batches, 2)
-        samples, targets = gathered[..., 0].T, gathered[..., 1].T
-        if targets.sum() == 0:
-            raise TrainingError(
-                f"no token of the {len(metas)} micro-batches at step {self.state.global_step} has a label: check cutoff_len and the prompt masking"
-            )
-        # `full` fills on the device; `tensor` would copy from the CPU and wait for the GPU to catch up.
-        totals = [torch.full((), int(total), dtype=torch.int64, device=device) for total in (samples.sum(), targets.sum())]
-        return OptimizerStep(batches, metas, samples, targets, num_samples=totals[0], num_targets=totals[1])
-
-    # ---------------------------------------------------------------- what components may use
-
-    @property
-    def step(self) -> OptimizerStep:
-        """The optimizer step under way."""
-        if self._step is None:
-            raise TrainingError("there is no optimizer step under way")
-        return self._step
-
-    @property
-    def sample_ids(self) -> torch.Tensor:
-        """Data set row of each sample of this rank's micro-batch (n,), CPU. A row that holds several documents occurs several times."""
-        return self.step.meta.sample_ids
-
-    @property
-    def domain_ids(self) -> torch.Tensor | None:
-        """Domain of each sample of this rank's micro-batch (n,), CPU, or None."""
-        return self.step.meta.domain_ids
+    def _describe(self, batches: list[dict[str, Any]], device: torch.device) -> None:
+        """Look at the optimizer step's micro-batches before the first forward pass."""
 
     # ---------------------------------------------------------------- logging and state
 
@@ -322,9 +292,7 @@ class DynamicTrainer(Trainer):
         return found
 
     def _settings_for_resume(self, dataset: Any) -> dict[str, Any]:
-        own = self.dataflex.model_dump(
-            include={"train_type", "component_name", "warmup_step", "train_step", "loss_normalization", "project_targets_only"}
-        )
+        own = self.dataflex.model_dump(include={"train_type", "component_name", "warmup_step", "train_step", *self.own_settings})
         course = {name: str(getattr(self.args, name, None)) for name in _COURSE}
         return {
             **own,
@@ -333,7 +301,7 @@ class DynamicTrainer(Trainer):
             "dataset rows": len(dataset),
             "dataset content": dataset_fingerprint(dataset),
             "evaluation data": self._evaluation_fingerprint(),
-            "rows per micro-batch over all ranks": self._train_batch_size * self.accelerator.num_processes,
+            "rows per micro-batch over all ranks": self.micro_batch_size,
             **course,
         }
 
@@ -358,9 +326,12 @@ class DynamicTrainer(Trainer):
         logged = hosts.logging_state(self)
         losses = gather_rows(torch.tensor([logged["loss"]], dtype=torch.float64))[:, 0].tolist()
         values, tensors = self._component_state()
+        position, plan = _split(self._stream.state_dict())
+        own, own_tensors = _split(self._own_state())
         state = {
             "global_step": self.state.global_step,
-            "stream": self._stream.state_dict(),
+            "stream": position,
+            "trainer": own,
             "component": values,
             "on device": [name for name, tensor in tensors.items() if tensor.device.type != "cpu"],
             "pending": {
@@ -371,7 +342,15 @@ class DynamicTrainer(Trainer):
             },
             "settings": self._settings,
         }
-        return state, tensors
+        named = [(owner, part) for owner, part in (("component", tensors), ("stream", plan), ("trainer", own_tensors))]
+        return state, {f"{owner}/{name}": tensor for owner, part in named for name, tensor in part.items()}
+
+    def _own_state(self) -> dict[str, Any]:
+        """What else a subclass keeps: tensors and JSON values. All ranks call."""
+        return {}
+
+    def _load_own_state(self, state: dict[str, Any]) -> None:
+        """Take back what `_own_state` returned."""
 
     def _component_state(self) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
         """The component's state as JSON values and tensors.
@@ -380,8 +359,7 @@ class DynamicTrainer(Trainer):
             ComponentError: it holds something else.
         """
         saved = self.component.state_dict() if hasattr(self.component, "state_dict") else {}
-        tensors = {str(name): value.clone() for name, value in saved.items() if torch.is_tensor(value)}
-        values = {name: value for name, value in saved.items() if name not in tensors}
+        values, tensors = _split(saved)
         for name, value in values.items():
             try:
                 same = repr(json.loads(json.dumps(value))) == repr(value)
@@ -396,13 +374,22 @@ class DynamicTrainer(Trainer):
     def _restore(self, checkpoint: Path) -> None:
         state, tensors = load_state(checkpoint)
         self._refuse_changed(checkpoint, state["settings"])
-        self._stream.load_state_dict(state["stream"])
+        of = {
+            owner: {name.removeprefix(f"{owner}/"): t for name, t in tensors.items() if name.startswith(f"{owner}/")}
+            for owner in ("component", "stream", "trainer")
+        }
+        self._stream.load_state_dict({**state["stream"], **of["stream"]})
+        self._load_own_state({**state["trainer"], **of["trainer"]})
         self._pending = state["pending"]
         self.metrics.restore(self._pending["metrics"], self.args.device, keep=self.accelerator.is_main_process)
-        self.events.rewind(state["global_step"])
+        self._rewind(state["global_step"])
         if hasattr(self.component, "load_state_dict"):
-            moved = {name: value.to(self.args.device) if name in state["on device"] else value for name, value in tensors.items()}
+            moved = {name: value.to(self.args.device) if name in state["on device"] else value for name, value in of["component"].items()}
             self.component.load_state_dict({**state["component"], **moved})
+
+    def _rewind(self, step: int) -> None:
+        """Drop what an earlier run left of `step` and later steps."""
+        self.events.rewind(step)
 
     def _refuse_changed(self, checkpoint: Path, before: dict[str, Any]) -> None:
         changed = [f"{name} was {before.get(name)!r}, now {value!r}" for name, value in self._settings.items() if before.get(name) != value]
@@ -412,3 +399,9 @@ class DynamicTrainer(Trainer):
         if not self.dataflex.allow_changed_resume:
             raise ResumeError(message + ". Set allow_changed_resume: true to resume all the same")
         logger.warning("%s; resuming all the same (allow_changed_resume)", message)
+
+
+def _split(saved: dict[str, Any]) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    """The values and the tensors (copied) of a state."""
+    tensors = {str(name): value.clone() for name, value in saved.items() if torch.is_tensor(value)}
+    return {name: value for name, value in saved.items() if name not in tensors}, tensors

@@ -20,22 +20,13 @@ def is_trl_sft(trainer: Any) -> bool:
     return any(cls.__name__ == "SFTTrainer" and cls.__module__.startswith("trl.") for cls in type(trainer).__mro__)
 
 
-def unsupported(trainer: Any) -> list[str]:
-    """Settings of the host under which per-sample losses or the order of samples would be wrong; empty when all is well."""
+def unsupported_order(trainer: Any) -> list[str]:
+    """Settings of the host under which the order of samples would be wrong; empty when all is well."""
     args, reasons = trainer.args, []
     if args.n_gpu > 1:
         reasons.append(
             "several GPUs in one process (nn.DataParallel): start with torchrun or FORCE_TORCHRUN=1, or show one GPU with CUDA_VISIBLE_DEVICES"
         )
-    if trainer.compute_loss_func is not None:
-        reasons.append(
-            "compute_loss_func: it returns one number for the batch, and weighting needs a loss per sample; use a token-gate component such as dft"
-        )
-    if getattr(args, "loss_type", "nll") == "dft":
-        reasons.append("loss_type: dft replaces the loss that is weighted; set loss_type: nll, or use component_name: dft")
-    own = next((cls for cls in type(trainer).__mro__ if "compute_loss" in vars(cls) and not cls.__module__.startswith(_KNOWN)), None)
-    if own is not None:
-        reasons.append(f"the compute_loss of {own.__name__}: the weighted loss would take its place; express it as a component")
     if args.accelerator_config.split_batches:
         reasons.append("accelerator_config.split_batches: DataFlex shares the rows out itself; set it to false")
     parallelism = getattr(trainer.accelerator, "parallelism_config", None)
@@ -46,6 +37,21 @@ def unsupported(trainer: Any) -> list[str]:
             )
     if getattr(args, "train_sampling_strategy", None) == "batch_rebalance":
         reasons.append("train_sampling_strategy: batch_rebalance orders rows by rank; use random or sequential")
+    return reasons
+
+
+def unsupported_loss(trainer: Any) -> list[str]:
+    """Settings of the host under which per-sample losses would be wrong; empty when all is well."""
+    reasons = []
+    if trainer.compute_loss_func is not None:
+        reasons.append(
+            "compute_loss_func: it returns one number for the batch, and weighting needs a loss per sample; use a token-gate component such as dft"
+        )
+    if getattr(trainer.args, "loss_type", "nll") == "dft":
+        reasons.append("loss_type: dft replaces the loss that is weighted; set loss_type: nll, or use component_name: dft")
+    own = next((cls for cls in type(trainer).__mro__ if "compute_loss" in vars(cls) and not cls.__module__.startswith(_KNOWN)), None)
+    if own is not None:
+        reasons.append(f"the compute_loss of {own.__name__}: the weighted loss would take its place; express it as a component")
     return reasons
 
 

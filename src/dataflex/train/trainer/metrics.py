@@ -1,9 +1,10 @@
-"""Statistics of the weights since the last log line, gathered on the device without a synchronisation per step."""
+"""What DataFlex adds to the Trainer's log lines."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
@@ -14,7 +15,10 @@ _SUMS = ("samples", "weight", "weight_squared", "loss", "nonfinite", "without_ta
 
 
 class WeightMetrics:
-    """Sums over this rank's samples; `merged` adds up the ranks."""
+    """Statistics of the weights since the last log line, summed on the device without a synchronisation per step.
+
+    The sums are over this rank's samples; `merged` adds up the ranks.
+    """
 
     def __init__(self, domains: Sequence[str] | None = None):
         self.domains = list(domains or [])
@@ -79,3 +83,55 @@ class WeightMetrics:
                 metrics[f"weight_share/{domain}"] = per_domain[k] / total["weight"]
         rare = {"nonfinite_losses": total["nonfinite"], "samples_without_targets": total["without_targets"]}
         return {f"dataflex/{name}": value for name, value in {**metrics, **{k: v for k, v in rare.items() if v}}.items()}
+
+
+class BoundaryMetrics:
+    """Values that a boundary leaves for the next log line; the same on all ranks."""
+
+    def __init__(self) -> None:
+        self._values: dict[str, float] = {}
+
+    def set(self, **values: float) -> None:
+        self._values.update(values)
+
+    def merged(self) -> dict[str, Any] | None:
+        """What waits for the next log line, as JSON values, or None."""
+        return dict(self._values) or None
+
+    def restore(self, state: dict[str, Any] | None, device: torch.device, keep: bool) -> None:
+        """Go on from `merged()`."""
+        self._values = dict(state or {})
+
+    def drain(self) -> dict[str, float]:
+        """The metrics for a log line; starts anew."""
+        values, self._values = self._values, {}
+        return {f"dataflex/{name}": value for name, value in values.items()}
+
+
+class DomainMetrics(BoundaryMetrics):
+    """Also the mean loss of each domain's target tokens since the last log line, summed on the device without a synchronisation per step."""
+
+    def __init__(self, domains: Sequence[str]):
+        super().__init__()
+        self.domains = list(domains)
+        self._sums: torch.Tensor | None = None
+
+    def add(self, sums: torch.Tensor) -> None:
+        """Count an optimizer step: columns 0 and 1 of `sums` (k, ...) are this rank's sum of token losses and their number."""
+        part = sums[:, :2]
+        self._sums = part.clone() if self._sums is None else self._sums + part
+
+    def merged(self) -> dict[str, Any] | None:
+        own = torch.zeros(len(self.domains), 2, dtype=torch.float64) if self._sums is None else self._sums.cpu()
+        return {"values": super().merged(), "sums": gather_rows(own).sum(0).tolist()}
+
+    def restore(self, state: dict[str, Any] | None, device: torch.device, keep: bool) -> None:
+        state = state or {"values": None, "sums": None}
+        super().restore(state["values"], device, keep)
+        self._sums = torch.tensor(state["sums"], dtype=torch.float64, device=device) if state["sums"] and keep else None
+
+    def drain(self) -> dict[str, float]:
+        merged, self._sums = self.merged(), None
+        assert merged is not None
+        losses = {name: sums[0] / sums[1] for name, sums in zip(self.domains, merged["sums"], strict=True) if sums[1]}
+        return {**super().drain(), **{f"dataflex/loss/{name}": loss for name, loss in losses.items()}}

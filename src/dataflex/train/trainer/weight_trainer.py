@@ -6,22 +6,23 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
 from dataflex.errors import ComponentError, ConfigError, Problem, TrainingError
-from dataflex.train.data.sample_meta import BatchMeta
+from dataflex.signals.signals import Signals
 from dataflex.train.trainer import hosts
-from dataflex.train.trainer.dynamic_trainer import DynamicTrainer
-from dataflex.train.trainer.features import captured_hidden_states, encode_rows, pooled_features
-from dataflex.train.trainer.token_losses import MicroStep, TokenLosses, losses_from_logits
+from dataflex.train.trainer.features import captured_hidden_states, pooled_features
+from dataflex.train.trainer.loss_trainer import LossTrainer
+from dataflex.train.trainer.metrics import WeightMetrics
 from dataflex.train.weighter.base_weighter import SampleWeighter, Weighter
 from dataflex.utils.distributed import gather_ragged
 
 Signal = Callable[[torch.Tensor], torch.Tensor]
 
 
-class WeightTrainer(DynamicTrainer):
+class WeightTrainer(LossTrainer):
     """`WeightTrainer.over(AnyTrainer)(..., dataflex=DataflexConfig(component_name="loss", warmup_step=100))`.
 
     Components see it as `ctx`. From `warmup_step` on it calls the weighter's `training_step` with `use_weighter=True`; before, the same
@@ -42,6 +43,9 @@ class WeightTrainer(DynamicTrainer):
         self._active: tuple[Any, bool] | None = None
         self._hidden: list[torch.Tensor] = []
         self._features: torch.Tensor | None = None
+
+    def _make_metrics(self) -> WeightMetrics:
+        return WeightMetrics(self.domain_names)
 
     # ---------------------------------------------------------------- one micro-batch
 
@@ -71,46 +75,10 @@ class WeightTrainer(DynamicTrainer):
         weighter, use_weighter = self._active
         with self._capturing(weighter if use_weighter else None):
             tokens = self._token_losses(model, inputs, num_items_in_batch)
-        micro = self._micro_step(tokens, self.step.meta, weighter)
+        micro = self._micro_step(tokens, self.step.meta)
         loss = weighter.weighted_loss(micro, ctx=self, model=model, inputs=inputs) if use_weighter else weighter.plain_loss(micro)
         loss = loss * self._host_divisor(num_items_in_batch)
         return (loss, None) if return_outputs else loss
-
-    def _token_losses(self, model: nn.Module, inputs: dict[str, Any], num_items: Any) -> TokenLosses:
-        if hosts.is_trl_sft(self) and self.label_smoother is None:
-            return hosts.fused_head_losses(self, super().compute_loss, model, inputs, self.step.meta, num_items)
-        return self._losses_from_logits(model, inputs, self.step.meta)
-
-    def _losses_from_logits(self, model: nn.Module, inputs: dict[str, Any], meta: BatchMeta) -> TokenLosses:
-        base = hosts.causal_lm(self)
-        config = base.config.get_text_config()
-        return losses_from_logits(
-            model,
-            inputs,
-            meta,
-            head=base.get_output_embeddings() if self.dataflex.project_targets_only else None,
-            smoothing=self.args.label_smoothing_factor,
-            router_coefficient=getattr(config, "router_aux_loss_coef", 0.0) if getattr(config, "output_router_logits", False) else 0.0,
-        )
-
-    def _micro_step(self, tokens: TokenLosses, meta: BatchMeta, weighter: Any) -> MicroStep:
-        step = self.step
-        return MicroStep(
-            tokens=tokens,
-            meta=meta,
-            num_tokens=step.num_targets,
-            num_samples=step.num_samples,
-            mean_tokens=float(step.targets.sum() / step.samples.sum()),
-            world=self.accelerator.num_processes,
-            num_micro_steps=len(step.batches),
-            per_token=self.dataflex.loss_normalization == "token",
-        )
-
-    def _host_divisor(self, num_items: Any) -> int:
-        """What the host's training step will divide the loss by; the step's scale is already right without it."""
-        flag = getattr(self, "loss_is_scaled_for_ga", None)
-        scaled = flag if flag is not None else self.model_accepts_loss_kwargs and num_items is not None
-        return 1 if scaled else self.current_gradient_accumulation_steps
 
     # ---------------------------------------------------------------- what weighters may use
 
@@ -173,7 +141,7 @@ class WeightTrainer(DynamicTrainer):
                 inputs = self._prepare_inputs(dict(batch))
                 with torch.no_grad(), self.compute_loss_context_manager(), self._capturing(self.component):
                     tokens = self._losses_from_logits(model, inputs, self.step.meta)
-                losses = self._micro_step(tokens, self.step.meta, self.component).sample_losses
+                losses = self._micro_step(tokens, self.step.meta).sample_losses
                 rows.append(self.gather_samples(signal(losses)))
         finally:
             self.step.position = position
@@ -181,10 +149,25 @@ class WeightTrainer(DynamicTrainer):
         return torch.cat(rows)
 
     def encode(self, dataset: Any, pooling: str, max_rows: int | None = None) -> torch.Tensor:
-        """Mean unit feature (D,) of a data set's rows under the current model, in evaluation mode, shared out over the ranks."""
-        return encode_rows(self, hosts.causal_lm(self), dataset, pooling, max_rows)
+        """Mean unit feature (D,), fp32, of the first `max_rows` rows of a data set, or of several by name, under the current model.
+
+        Raises:
+            TrainingError: no row has a target token.
+        """
+        parts = list(dataset.values()) if isinstance(dataset, dict) else [dataset]
+        left, features = max_rows, []
+        for part in parts:
+            rows = np.arange(len(part))[:left]
+            left = None if left is None else left - len(rows)
+            features.append(Signals(self).embeddings(part, rows, pooling))
+        found = np.concatenate(features)
+        found = found[np.isfinite(found).all(1)]
+        if not len(found):
+            raise TrainingError("no row of the evaluation data has a target token, so there is nothing to compare the samples with")
+        return torch.from_numpy(found).double().mean(0).float().to(self.args.device)
 
     def record_weights(self, weights: torch.Tensor, losses: torch.Tensor) -> None:
         """Count detached `weights` and `losses` (n,) of the micro-batch for the next log line."""
         meta = self.step.meta
+        assert isinstance(self.metrics, WeightMetrics)
         self.metrics.add(weights, losses, meta.domain_ids, meta.num_without_targets)

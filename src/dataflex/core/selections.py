@@ -1,0 +1,67 @@
+"""`output_dir/dataflex/selections/`: the rows of every interval, and the rows chosen most and least often with their text."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from dataflex.functional.ranking import top_n
+from dataflex.utils.files import write_array_atomically, write_json_atomically
+
+SHOWN = 20
+
+
+class SelectionLog:
+    """Writes what was selected. Only the main process does; the others' log is inactive."""
+
+    def __init__(self, output_dir: str | Path, active: bool):
+        self.folder = Path(output_dir) / "dataflex" / "selections"
+        self.active = active
+        self._counts: np.ndarray | None = None
+
+    def write(self, step: int, rows: np.ndarray) -> None:
+        """Keep the rows (int64) that training goes through from `step` on."""
+        if self.active:
+            write_array_atomically(self.folder / f"step_{step}.npy", rows.astype(np.int64))
+            if self._counts is not None:
+                np.add.at(self._counts, rows, 1)
+
+    def steps(self) -> list[int]:
+        """Steps at which there was a decision, in order."""
+        return sorted(int(path.stem.removeprefix("step_")) for path in self.folder.glob("step_*.npy"))
+
+    def rewind(self, step: int) -> None:
+        """Drop the decisions of `step` and later: training goes on from there and writes them again."""
+        if self.active:
+            self._counts = None
+            for later in self.steps():
+                if later >= step:
+                    (self.folder / f"step_{later}.npy").unlink()
+
+    def counts(self, num_rows: int) -> np.ndarray:
+        """How often each row was chosen so far (num_rows,), from the files at first and then kept up to date."""
+        if self._counts is None:
+            self._counts = np.zeros(num_rows, dtype=np.int64)
+            for step in self.steps():
+                np.add.at(self._counts, np.load(self.folder / f"step_{step}.npy"), 1)
+        return self._counts
+
+    def summarise(self, num_rows: int, domains: np.ndarray | None, names: Sequence[str], text: Callable[[int], str]) -> None:
+        """Write summary.json: the rows chosen most often and least often, ties by row."""
+        if not self.active:
+            return
+        counts = self.counts(num_rows)
+
+        def described(row: int) -> dict[str, object]:
+            domain = None if domains is None else names[int(domains[row])]
+            return {"row": row, "times": int(counts[row]), "domain": domain, "text": text(row)}
+
+        content = {
+            "rows": num_rows,
+            "domains": list(names) if domains is not None else [],
+            "most": [described(row) for row in top_n(counts, SHOWN).tolist()],
+            "least": [described(row) for row in top_n(-counts, SHOWN).tolist()],
+        }
+        write_json_atomically(self.folder / "summary.json", content)

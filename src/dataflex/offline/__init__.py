@@ -1,0 +1,1 @@
+"""Selections computed before training: `dataflex-cli offline near|tsds|rds|ifd`."""

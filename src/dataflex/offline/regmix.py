@@ -1,0 +1,89 @@
+"""A mixture from finished small runs by regression (RegMix, Liu et al., ICLR 2025, arXiv 2407.01492)."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from dataflex.errors import ConfigError, Problem, listing
+from dataflex.functional.mixing import RegmixResult, regmix_fit
+
+
+class Runs(NamedTuple):
+    """What the runs were trained on and what came of it.
+
+    Attributes:
+        names: the domains.
+        mixtures: share of each domain in the samples drawn (runs, k).
+        losses: of each run (runs,).
+    """
+
+    names: list[str]
+    mixtures: np.ndarray
+    losses: np.ndarray
+
+
+def read_runs(folders: Sequence[Path], metric: str) -> Runs:
+    """Mixtures and losses of runs with `train_type: dynamic_mix`.
+
+    Args:
+        metric: a key of `all_results.json`, such as eval_loss or eval_wiki_loss.
+
+    Raises:
+        ConfigError: every run that cannot be read, or has other domains than the first.
+    """
+    problems, names, mixtures, losses = [], None, [], []
+    for folder in folders:
+        try:
+            counts = _samples(folder)
+            results = json.loads((folder / "all_results.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError, KeyError) as error:
+            problems.append(Problem(str(folder), "", f"is not a finished run with dynamic_mix: {error}"))
+            continue
+        names = names or list(counts)
+        if list(counts) != names:
+            problems.append(Problem(str(folder), "", f"mixes {listing(counts)}; the runs before it {listing(names)}"))
+        elif metric not in results:
+            measured = [key for key in results if key.endswith("loss")]
+            problems.append(Problem(str(folder), metric, f"is not in all_results.json, which has {listing(measured)}"))
+        else:
+            total = sum(counts.values())
+            mixtures.append([count / total for count in counts.values()])
+            losses.append(float(results[metric]))
+    if problems:
+        raise ConfigError(problems)
+    return Runs(names or [], np.array(mixtures), np.array(losses))
+
+
+def _samples(folder: Path) -> dict[str, int]:
+    """Samples drawn from each domain in the whole run."""
+    lines = (folder / "dataflex" / "events.jsonl").read_text(encoding="utf-8").splitlines()
+    found: dict[str, int] = {}
+    for event in map(json.loads, lines):
+        for name, count in event["domains"].items() if event["event"] == "mixture" else []:
+            found[name] = found.get(name, 0) + count
+    if not found:
+        raise ValueError("dataflex/events.jsonl holds no mixture")
+    return found
+
+
+def fit(runs: Runs, prior: Sequence[float] | None, seed: int) -> RegmixResult:
+    """The mixture with the lowest loss that the regression predicts.
+
+    Args:
+        prior: mixtures are tried around this one; equal shares if None.
+
+    Raises:
+        ConfigError: there are too few runs.
+    """
+    k = len(runs.names)
+    if prior is not None and len(prior) != k:
+        raise ConfigError(Problem("command line", "--prior", f"has {len(prior)} numbers and there are {k} domains: {', '.join(runs.names)}"))
+    try:
+        return regmix_fit(runs.mixtures, runs.losses, np.ones(k) / k if prior is None else np.asarray(prior), seed)
+    except ValueError as error:
+        raise ConfigError(Problem("command line", "RUN", str(error))) from None

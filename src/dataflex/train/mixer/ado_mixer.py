@@ -1,0 +1,118 @@
+"""Domains that are being learned fastest more often, by scaling laws fitted to their training losses (ADO).
+
+loss_j(n) = eps_j + beta_j n^-a_j after n samples; the preference for domain j is prior_j * sqrt(recent share_j) * a_j (loss_j - eps_j) / n, and
+the mixture a moving average of preferences.
+Paper: Jiang et al., "Adaptive Data Optimization: Dynamic Sample Selection with Scaling Laws", ICLR 2025, arXiv 2410.11820.
+Cost: none during training; a fit takes milliseconds.
+When it fails: before the losses have settled into their laws; `start_step` leaves the first steps out.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+import numpy as np
+import torch
+from annotated_types import Ge, Gt, Lt
+
+from dataflex.core.registry import register_mixer
+from dataflex.functional.mixing import AdoState, ScalingLaw, ado_step, fit_scaling_law, proportions
+from dataflex.train.mixer.base_mixer import DomainLosses, Mixer
+
+_MAX_POINTS = 10_000
+
+
+@register_mixer("ado")
+class AdoMixer(Mixer):
+    """Domains that are being learned fastest more often (ADO, arXiv 2410.11820)."""
+
+    def __init__(
+        self,
+        mixture_manager: Any = None,
+        *,
+        start_step: Annotated[int, Ge(0)] = 500,
+        refit_step: Annotated[int, Ge(1)] = 1000,
+        prior: Literal["size", "initial"] = "size",
+        decay: Annotated[float, Ge(0), Lt(1)] = 0.9,
+        inertia: Annotated[float, Ge(0), Lt(1)] = 0.9,
+        min_share: Annotated[float, Gt(0), Lt(1)] = 0.01,
+        min_log_eps: float = -3.0,
+        **kwargs: Any,
+    ):
+        """
+        Args:
+            start_step: optimizer steps whose losses are left out of the fits; until then the mixture stays as it is.
+            refit_step: optimizer steps from one fit to the next.
+            prior: the natural mixture: by `size` of the domains, or the `initial` proportions.
+            decay: of the moving average of the domains' shares.
+            inertia: weight of earlier preferences in the mixture.
+            min_share: smallest share of a domain.
+            min_log_eps: lower bound of log eps. The paper's 0.5 supposes losses above 1.65, which those of instruction data are not.
+        """
+        super().__init__(mixture_manager, **kwargs)
+        self.start_step, self.refit_step, self.decay, self.inertia = start_step, refit_step, decay, inertia
+        self.min_share, self.min_log_eps = min_share, min_log_eps
+        self.samples = 0.0
+        self.steps = 0
+        self.fitted_at: int | None = None
+        self.laws: list[ScalingLaw | None] = []
+        self.points = np.zeros((0, 0))
+        self.prior = np.zeros(0)
+        if mixture_manager is not None:
+            self.laws = [None] * mixture_manager.k
+            self.points = np.zeros((0, 1 + mixture_manager.k))  # samples so far, and each domain's loss then
+            self.prior = proportions(mixture_manager.sizes if prior == "size" else mixture_manager.initial_proportions, mixture_manager.k)
+        self.state = AdoState.start(self.prior)
+
+    def mix(self, model: Any, step_id: int, **kwargs: Any) -> np.ndarray:
+        losses: DomainLosses = kwargs["losses"]
+        self._remember(losses)
+        if self.fitted_at is None or step_id - self.fitted_at >= self.refit_step:
+            self._fit(step_id)
+        if not any(self.laws):
+            return self.mixture_manager.proportions
+        drawn = losses.samples.sum(0)
+        share = drawn / drawn.sum() if drawn.sum() else self.state.recent
+        settings = {"decay": self.decay, "inertia": self.inertia, "min_share": self.min_share}
+        self.state = ado_step(self.state, self.laws, self.samples, share, self.prior, **settings)
+        return self.state.policy
+
+    def _remember(self, losses: DomainLosses) -> None:
+        """Add a point for every step after `start_step`; a domain that did not occur keeps its last loss."""
+        last = self.points[-1, 1:] if len(self.points) else np.full(self.mixture_manager.k, np.nan)
+        new = []
+        for sums, tokens, samples in zip(losses.token_loss_sums, losses.tokens, losses.samples, strict=True):
+            self.samples += float(samples.sum())
+            self.steps += 1
+            last = np.where(tokens > 0, sums / np.maximum(tokens, 1), last)
+            if self.steps > self.start_step:
+                new.append([self.samples, *last])
+        if new:
+            self.points = np.concatenate([self.points, np.array(new)])
+        if len(self.points) > _MAX_POINTS:
+            self.points = self.points[::2]
+
+    def _fit(self, step_id: int) -> None:
+        if len(self.points) < 4:
+            return
+        self.fitted_at = step_id
+        for domain in range(self.mixture_manager.k):
+            fit = fit_scaling_law(self.points[:, 0], self.points[:, 1 + domain], min_log_eps=self.min_log_eps)
+            self.laws[domain] = fit or self.laws[domain]  # a fit that fails leaves the last one
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "samples": self.samples,
+            "steps": self.steps,
+            "fitted_at": self.fitted_at,
+            "laws": [None if law is None else [law.log_beta, law.log_eps, law.a] for law in self.laws],
+            "ado": [self.state.step, self.state.recent.tolist(), self.state.average.tolist(), self.state.policy.tolist()],
+            "points": torch.from_numpy(self.points.copy()),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.samples, self.steps, self.fitted_at = state["samples"], state["steps"], state["fitted_at"]
+        self.laws = [None if law is None else ScalingLaw(*law) for law in state["laws"]]
+        step, *shares = state["ado"]
+        self.state = AdoState(step, *map(np.array, shares))
+        self.points = state["points"].numpy().copy()

@@ -1,0 +1,19 @@
+"""The trainer of each `train_type`."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import Any
+
+_TRAINERS = {
+    "dynamic_weight": ("dataflex.train.trainer.weight_trainer", "WeightTrainer"),
+    "dynamic_select": ("dataflex.train.trainer.select_trainer", "SelectTrainer"),
+    "dynamic_mix": ("dataflex.train.trainer.mix_trainer", "MixTrainer"),
+}
+AVAILABLE = ("static", *_TRAINERS)
+
+
+def trainer_for(train_type: str) -> Any:
+    """`WeightTrainer` or one of its siblings."""
+    module, name = _TRAINERS[train_type]
+    return getattr(import_module(module), name)

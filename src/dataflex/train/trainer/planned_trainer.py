@@ -1,0 +1,124 @@
+"""Trainers that decide at boundaries which rows the next optimizer steps train on."""
+
+from __future__ import annotations
+
+import time
+from abc import abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Sampler
+
+from dataflex.core.schedule import Interval, Schedule, stage_length, total_steps
+from dataflex.train.data.index_stream import PlanStream
+from dataflex.train.data.sample_meta import KeyedCollator
+from dataflex.train.trainer.dynamic_trainer import DynamicTrainer
+from dataflex.train.trainer.metrics import BoundaryMetrics
+from dataflex.utils.distributed import broadcast_array
+from dataflex.utils.seeding import isolated_rng
+
+
+class _Paces(Sampler[list[int]]):
+    """A batch sampler that only has a length."""
+
+    def __init__(self, length: int):
+        self.length = length
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __iter__(self) -> Iterator[list[int]]:
+        return iter(())
+
+
+class PlannedTrainer(DynamicTrainer):
+    """Base of `SelectTrainer` and `MixTrainer`.
+
+    One of the host's epochs is a stage (`core/schedule.py`), so `num_train_epochs` repeats stages, and a stage is a whole number of
+    optimizer steps, so no step is shorter than the others.
+    """
+
+    own_settings: ClassVar[tuple[str, ...]] = ("update_step", "update_times")
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        self._seconds = 0.0
+        self._started: float | None = None
+        super().__init__(*args, **kwargs)
+
+    @property
+    def samples_per_step(self) -> int:
+        """Rows of an optimizer step, over all ranks."""
+        return self.micro_batch_size * int(self.args.gradient_accumulation_steps)
+
+    def _make_stream(self, loader: DataLoader[Any]) -> PlanStream:
+        return PlanStream(self.micro_batch_size)
+
+    def _make_collator(self, loader: DataLoader[Any]) -> KeyedCollator:
+        return KeyedCollator(loader.collate_fn, self.args.seed)
+
+    def _pacing_loader(self, loader: DataLoader[Any]) -> DataLoader[Any]:
+        rows = len(loader.dataset)  # type: ignore[arg-type]
+        steps_per_pass = -(-rows // self.samples_per_step)
+        periods = self._periods(steps_per_pass)
+        stage = stage_length(*periods, steps_per_pass)
+        self.schedule = Schedule(*periods, total_steps(self.args.num_train_epochs, stage, max(self.args.max_steps, 0)))
+        return DataLoader(
+            loader.dataset,
+            batch_sampler=_Paces(stage * int(self.args.gradient_accumulation_steps)),
+            generator=torch.Generator(),  # otherwise iterating draws from the global one
+        )
+
+    def _periods(self, steps_per_pass: int) -> tuple[int, int, int]:
+        """`warmup_step`, `update_step` and `update_times`."""
+        return self.dataflex.warmup_step, self.dataflex.update_step, self.dataflex.update_times
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        self._seconds, self._started = 0.0, time.perf_counter()
+        return super().train(*args, **kwargs)
+
+    def _next_batches(self, number: int) -> Iterator[Any]:
+        if self._stream.exhausted:
+            self._decide()
+        yield from super()._next_batches(number)
+
+    def _decide(self) -> None:
+        """At a boundary: have the component decide, and start the plan of the next interval."""
+        step, begun = self.state.global_step, time.perf_counter()
+        interval = self.schedule.interval_at(step)
+        number = (interval.start + interval.steps - step) * self.samples_per_step
+        with isolated_rng(self.args.seed, "decision", step), self._undisturbed():
+            rows = broadcast_array(self._next_rows(interval, number))
+        before = self._stream.plan
+        self._stream.set_plan(interval.number, rows)
+        self._batches = None  # an iterator over the new plan
+        seconds = time.perf_counter() - begun
+        self._seconds += seconds
+        assert isinstance(self.metrics, BoundaryMetrics) and self._started is not None
+        self.metrics.set(decision_seconds=seconds, decision_share_of_time=self._seconds / (time.perf_counter() - self._started))
+        self._record(interval, rows, before, seconds)
+
+    @abstractmethod
+    def _next_rows(self, interval: Interval, number: int) -> np.ndarray:
+        """The `number` rows of an interval, in the order of training. Called on all ranks; rank 0's answer counts."""
+
+    @abstractmethod
+    def _record(self, interval: Interval, rows: np.ndarray, before: np.ndarray, seconds: float) -> None:
+        """Leave a trace of a decision; `before` are the rows of the previous interval."""
+
+    @contextmanager
+    def _undisturbed(self) -> Iterator[None]:
+        """Components may switch modes and leave gradients; training goes on as if they had not."""
+        model: Any = self.model
+        modes = [(module, module.training) for module in model.modules()]
+        needs = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+        try:
+            yield
+        finally:
+            for module, training in modes:
+                module.training = training
+            for parameter, needed in needs:
+                parameter.requires_grad_(needed)
+                parameter.grad = None
