@@ -7,12 +7,18 @@ import sys
 from importlib import import_module
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
+import transformers
 import yaml
+from safetensors.numpy import load_file
+from typer.testing import CliRunner
 
 from dataflex.backends import llamafactory, load_backend
+from dataflex.cli.app import app
 from dataflex.cli.plan import check_run, plan
-from dataflex.errors import ConfigError
+from dataflex.errors import ComponentError, ConfigError
 
 DATA = Path(__file__).parents[2] / "examples" / "data"
 BASE = {
@@ -29,6 +35,15 @@ BASE = {
     "logging_steps": 1,
     "report_to": "none",
     "use_cpu": True,
+}
+SELECT = {
+    "train_type": "dynamic_select",
+    "warmup_step": 1,
+    "update_step": 2,
+    "max_steps": None,
+    "num_train_epochs": 1.0,
+    "max_samples": 24,
+    "eval_dataset": "arithmetic_clean",
 }
 WEIGHT = {"train_type": "dynamic_weight", "component_name": "loss", "warmup_step": 1, "train_step": 3}
 
@@ -105,9 +120,80 @@ def test_masking_and_evaluation_data_of_conversations(write, tmp_path):
     assert evaluated["answers"] == pytest.approx(losses["answers"], rel=1e-5)  # equal rows: no weight differs from 1
 
 
-def test_resume_gives_the_same_bits(write, tmp_path):
-    from safetensors.torch import load_file
+@pytest.fixture
+def seen(monkeypatch):
+    """The data set and the micro-batches, in order, that training sees."""
+    seen = {"batches": []}
+    step = transformers.Trainer.training_step
 
+    def recording(self, model, inputs, *args, **kwargs):
+        seen["data"] = self.train_dataset
+        seen["batches"].append(inputs["input_ids"][inputs["attention_mask"].bool()].tolist())
+        return step(self, model, inputs, *args, **kwargs)
+
+    monkeypatch.setattr(transformers.Trainer, "training_step", recording)
+    return seen
+
+
+def selected(out):
+    return {int(path.stem.split("_")[1]): np.load(path).tolist() for path in (out / "dataflex" / "selections").glob("step_*.npy")}
+
+
+@pytest.mark.parametrize("keys", [{"component_name": "random"}, {"component_name": "loss", "stage": "pt", "dataset": "notes", "eval_dataset": None}])
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_dynamic_select_trains_on_the_rows_selected(write, tmp_path, seen, keys, accumulation):
+    settings = {**SELECT, **keys, "per_device_train_batch_size": 2, "gradient_accumulation_steps": accumulation}
+    log = train(write(**settings, update_times=2))
+    chosen = selected(tmp_path / "out")
+    assert {step: len(rows) for step, rows in chosen.items()} == {0: 2 * accumulation, 1: 4 * accumulation, 3: 4 * accumulation}
+    rows = [row for step in sorted(chosen) for row in chosen[step]]
+    expected = [[token for row in rows[start : start + 2] for token in seen["data"][row]["input_ids"]] for start in range(0, len(rows), 2)]
+    assert seen["batches"] == expected and len(log) == 5
+    assert [entry["step"] for entry in log if "dataflex/decision_seconds" in entry] == [1, 2, 4]
+
+
+@pytest.mark.parametrize("name", ["less", "cluster_less", "near", "rds", "tsds", "delta_loss"])
+def test_selectors_that_run_the_model(write, tmp_path, name):
+    log = train(write(**SELECT, component_name=name))
+    assert len(log) == 3 and len(selected(tmp_path / "out")[1]) == 8
+    assert (tmp_path / "out" / "dataflex" / "run.yaml").is_file()
+
+
+def embeddings(model, rows):
+    """Weighted mean of the last hidden states of each row alone."""
+    found = []
+    for row in rows:
+        with torch.no_grad():
+            hidden = model(torch.tensor([row["input_ids"]])).last_hidden_state[0].double()
+        pooled = (torch.arange(1.0, len(hidden) + 1)[:, None] * hidden).sum(0)
+        found.append((pooled / pooled.norm()).numpy())
+    return np.array(found)
+
+
+def test_a_selection_made_offline(write, tmp_path, model, seen):
+    keys = {**SELECT, "finetuning_type": "full", "warmup_step": 0}
+    result = CliRunner().invoke(app, ["offline", "rds", str(write(**keys)), "--aggregation", "max", "-o", str(tmp_path / "rds.safetensors")])
+    assert result.exit_code == 0, result.stderr
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["config.yaml", "rds.safetensors"]
+    order = load_file(tmp_path / "rds.safetensors")["order"].tolist()
+    made = load_backend("auto").scoring_trainer(*check_run(write(**keys), ["train_type=static"]), tmp_path / "scoring")
+    body = transformers.AutoModel.from_pretrained(model).eval()
+    similarity = embeddings(body, made.eval_dataset) @ embeddings(body, made.train_dataset).T
+    assert similarity.shape == (16, 24) and order == np.argsort(-similarity.max(0), kind="stable").tolist()
+    train(write(**keys, component_name="rds", component_params={"file": str(tmp_path / "rds.safetensors")}))
+    assert sorted(selected(tmp_path / "out")[0]) == sorted(order[:8])
+    assert len(seen["batches"]) == 2
+
+
+def test_a_selection_made_offline_is_refused_for_other_rows(write, tmp_path):
+    result = CliRunner().invoke(app, ["offline", "ifd", str(write(**SELECT)), "-o", str(tmp_path / "ifd.safetensors")])
+    assert result.exit_code == 0, result.stderr
+    keys = {**SELECT, "component_name": "ifd", "component_params": {"file": str(tmp_path / "ifd.safetensors")}}
+    with pytest.raises(ComponentError, match="was made for another data set of 24 rows"):
+        train(write(**keys, cutoff_len=40))
+
+
+def test_resume_gives_the_same_bits(write, tmp_path):
     keys = {**WEIGHT, "save_steps": 1, "component_params": {"scope": "ema"}}
     whole = train(write(**keys, output_dir=str(tmp_path / "whole")))
     for name in ("checkpoint-3", "checkpoint-2"):
@@ -115,7 +201,7 @@ def test_resume_gives_the_same_bits(write, tmp_path):
     resumed = train(write(**keys, output_dir=str(tmp_path / "whole")))
     assert [entry["loss"] for entry in whole] == [entry["loss"] for entry in resumed]
     first, second = (load_file(tmp_path / "whole" / name / "adapter_model.safetensors") for name in ("", "checkpoint-3"))
-    assert all(first[name].equal(second[name]) for name in first)
+    assert all(np.array_equal(first[name], second[name]) for name in first)
 
 
 def test_the_trainer_class_is_put_back(write):
@@ -142,6 +228,8 @@ def test_the_names_we_replace_exist(stage):
         ({"dataset_dir": "nowhere"}, "dataset_dir: 'nowhere/dataset_info.json' does not exist"),
         ({**WEIGHT, "max_steps": 7}, "train_step: is 3 but max_steps is 7"),
         ({**WEIGHT, "component_name": "adapt"}, "set eval_dataset or val_size"),
+        ({**SELECT, "component_name": "less", "update_step": 1, "eval_dataset": None}, "set eval_dataset or val_size"),
+        ({**SELECT, "component_name": "random", "update_step": None}, "update_step: must be at least 1"),
         ({"save_strategy": "sometimes"}, "sometimes"),
     ],
 )

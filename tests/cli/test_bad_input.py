@@ -10,6 +10,7 @@ from functools import reduce
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from workspace import listing, make_workspace, run_cli, write_config, write_rows
 
@@ -60,9 +61,18 @@ def delete(*paths: str) -> Callable[[Path], object]:
     return lambda folder: [(folder / path).unlink() for path in paths]
 
 
+def write_array(path: str, values: Any) -> Callable[[Path], object]:
+    return lambda folder: np.save(folder / path, np.asarray(values))
+
+
 def without_chat_template(folder: Path) -> None:
     tiny_tokenizer(None).save_pretrained(folder / "model")
     (folder / "model/chat_template.jinja").unlink(missing_ok=True)
+
+
+def select(name: str, *expected: str, **changes: Any) -> Mistake:
+    """A mistake in a training file with `train_type: dynamic_select`; what is added to it begins in line 16."""
+    return wrong(name, *expected, **{"train_type": "dynamic_select", "component_name": "random", "update_step": 1, **changes})
 
 
 COMPONENTS = "weighters:\n  loss:\n    name: loss\n    params:\n      r: 0.5\n"
@@ -279,11 +289,6 @@ MISTAKES = [
     ),
     # Components.
     wrong(
-        "not in this version",
-        "config.yaml:11: train_type: dynamic_select is not available in this version; allowed: static, dynamic_weight",
-        train_type="dynamic_select",
-    ),
-    wrong(
         "no component_name",
         "config.yaml: component_name: is required with train_type: dynamic_weight; `dataflex-cli components` lists the algorithms",
         component_name=...,
@@ -412,6 +417,135 @@ MISTAKES = [
         "joint_update_aware without evaluation data",
         "config.yaml:12: component_name: joint_update_aware compares samples with evaluation data: set eval_dataset or val_size",
         component_name="joint_update_aware",
+    ),
+    # Selection.
+    select(
+        "no update_step",
+        "config.yaml: update_step: must be at least 1 with train_type: dynamic_select; it is the number of steps between decisions",
+        update_step=...,
+    ),
+    select(
+        "update_step 0",
+        "config.yaml:15: update_step: must be at least 1 with train_type: dynamic_select; it is the number of steps between decisions",
+        update_step=0,
+    ),
+    select("negative update_step", "config.yaml:15: update_step: -1 is not valid: must be greater than or equal to 0", update_step=-1),
+    select(
+        "no update_step and a misspelt parameter",
+        "config.yaml: update_step: must be at least 1 with train_type: dynamic_select; it is the number of steps between decisions",
+        "config.yaml:16: component_params.replacment: is not a parameter of RandomSelector. Did you mean 'replacement'? It accepts: "
+        "candidate_pool, replacement",
+        update_step=...,
+        component_params={"replacment": True},
+    ),
+    select(
+        "update_times 0",
+        "config.yaml:16: update_times: must be at least 1, or -1 to decide until training ends; with 0 the algorithm would never set in",
+        update_times=0,
+    ),
+    select("update_times -2", "config.yaml:16: update_times: -2 is not valid: must be greater than or equal to -1", update_times=-2),
+    select(
+        "selection sets in after the end",
+        (
+            "config.yaml:13: warmup_step: is 5 but train_step, which includes the warm-up, is 3; the algorithm would never set in. "
+            "Allowed: warmup_step <= train_step"
+        ),
+        warmup_step=5,
+    ),
+    select(
+        "unknown selector",
+        (
+            "config.yaml:12: component_name: selectors 'lesss' not found in {package}/configs/components.yaml. Did you mean 'less'? "
+            "Available: cluster_less, custom, delta_loss, ifd, less, loss, near, random, rds, tsds"
+        ),
+        component_name="lesss",
+    ),
+    select(
+        "a weighter as selector",
+        (
+            "config.yaml:12: component_name: selectors 'focal' not found in {package}/configs/components.yaml. "
+            "Available: cluster_less, custom, delta_loss, ifd, less, loss, near, random, rds, tsds"
+        ),
+        component_name="focal",
+    ),
+    select(
+        "misspelt parameter of a selector",
+        (
+            "config.yaml:17: component_params.fokus: is not a parameter of LossSelector. Did you mean 'focus'? It accepts: "
+            "candidate_pool, diversity, focus, focus_weight, lower_quantile, temperature, upper_quantile"
+        ),
+        component_name="loss",
+        component_params={"fokus": "low"},
+    ),
+    select(
+        "band that there is not",
+        "config.yaml:17: component_params.focus: 'hihg' is not valid: must be 'low', 'medium' or 'high'. Did you mean 'high'?",
+        component_name="loss",
+        component_params={"focus": "hihg"},
+    ),
+    select(
+        "quantiles out of range and of the wrong type",
+        "config.yaml:17: component_params.lower_quantile: 0 is not valid: must be greater than 0",
+        "config.yaml:18: component_params.upper_quantile: 'half' is not valid: must be a valid number, unable to parse string as a number",
+        component_name="loss",
+        component_params={"lower_quantile": 0, "upper_quantile": "half"},
+    ),
+    select(
+        "diversity out of range",
+        "config.yaml:18: component_params.diversity: 1.5 is not valid: must be less than or equal to 1",
+        component_name="rds",
+        eval_dataset="held_out",
+        component_params={"diversity": 1.5},
+    ),
+    select(
+        "diversity of a selector without scores",
+        (
+            "config.yaml:18: component_params.diversity: is not a parameter of TsdsSelector. It accepts: C, alpha, candidate_pool, "
+            "embeddings_file, file, max_neighbours, pooling, query_embeddings_file, replacement, sigma"
+        ),
+        component_name="tsds",
+        eval_dataset="held_out",
+        component_params={"diversity": 0.9},
+    ),
+    select(
+        "fractional refreshes",
+        "config.yaml:18: component_params.refreshes: 1.5 is not valid: must be a valid integer, got a number with a fractional part",
+        component_name="less",
+        eval_dataset="held_out",
+        component_params={"refreshes": 1.5},
+    ),
+    select(
+        "no offline result",
+        "config.yaml:17: component_params.file: 'near.safetensors' is not valid: Path does not point to a file",
+        component_name="near",
+        component_params={"file": "near.safetensors"},
+    ),
+    select(
+        "a folder as candidate pool",
+        "config.yaml:17: component_params.candidate_pool: 'data' is not valid: Path does not point to a file",
+        component_params={"candidate_pool": "data"},
+    ),
+    select(
+        "less without evaluation data",
+        "config.yaml:12: component_name: less compares samples with evaluation data: set eval_dataset or val_size",
+        component_name="less",
+    ),
+    select(
+        "near without evaluation data",
+        "config.yaml:12: component_name: near compares samples with evaluation data: set eval_dataset or val_size",
+        component_name="near",
+    ),
+    select(
+        "near with embeddings of candidates alone",
+        "config.yaml:12: component_name: near compares samples with evaluation data: set eval_dataset or val_size",
+        prepare=write_array("rows.npy", np.ones((12, 3))),
+        component_name="near",
+        component_params={"embeddings_file": "rows.npy"},
+    ),
+    select(
+        "a live object as parameter",
+        "config.yaml:17: component_params.dataset: is provided by the run and cannot be set here",
+        component_params={"dataset": "rows"},
     ),
     # Plugins.
     wrong("no plugin file", "config.yaml:15: plugins: no file 'mine.py' in {folder}", plugins=["mine.py"]),
@@ -689,6 +823,58 @@ def test_all_problems_of_a_file_in_one_report(tmp_path):
         "val_size",
     }
     assert result.exit_code == 2 and result.stderr.startswith("dataflex-cli: 12 problems\n")
+
+
+WHEN_BUILT = [
+    ("loss", {"lower_quantile": 0.7}, "lower_quantile 0.7 must be below upper_quantile 0.66"),
+    ("near", {"embeddings_file": "rows.npy"}, "query_embeddings_file is missing: embeddings of candidates and queries are only comparable when "),
+    ("near", {"query_embeddings_file": "rows.npy"}, "embeddings_file is missing: embeddings of candidates and queries are only comparable when "),
+    (
+        "rds",
+        {"embeddings_file": "short.npy", "query_embeddings_file": "rows.npy"},
+        "embeddings_file short.npy has 11 rows; the data set has 12, and every row needs an embedding",
+    ),
+    (
+        "tsds",
+        {"embeddings_file": "pool.npy", "query_embeddings_file": "rows.npy"},
+        "embeddings_file pool.npy must hold floats of shape (rows, dimensions), not int64 of shape (2,)",
+    ),
+    ("near", {"file": "rows.npy"}, "file rows.npy cannot be read: "),
+    ("ifd", {"file": "model/model.safetensors"}, "file model/model.safetensors was not written by `dataflex-cli offline`"),
+    ("random", {"candidate_pool": "config.yaml"}, "candidate_pool config.yaml cannot be read: "),
+    ("random", {"candidate_pool": "rows.npy"}, "candidate_pool rows.npy must be a list of row numbers, not float64 of shape (12, 3)"),
+    ("random", {"candidate_pool": "pool.npy"}, "the candidate pool has rows from 0 to 12, and the data set has 12"),
+]
+
+
+@pytest.mark.parametrize(("component", "params", "words"), WHEN_BUILT, ids=lambda value: str(value)[:40])
+def test_what_only_the_component_can_tell_is_told_before_training(tmp_path, component, params, words):
+    """These need the rows or two parameters together, so `validate` does not find them. No more than an empty folder is left."""
+    make_workspace(tmp_path)
+    np.save("rows.npy", np.ones((12, 3))), np.save("short.npy", np.ones((11, 3))), np.save("pool.npy", np.array([0, 12]))
+    write_config(tmp_path, train_type="dynamic_select", component_name=component, update_step=1, eval_dataset="held_out", component_params=params)
+    before = listing(tmp_path)
+    result = run_cli("train", "config.yaml")
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert f"dataflex-cli: {words}" in result.stderr and "Traceback" not in result.stderr
+    assert listing(tmp_path).keys() - before.keys() <= {"out"}
+
+
+@pytest.mark.parametrize(
+    ("component", "params"),
+    [
+        ("near", {"file": "config.yaml"}),
+        ("rds", {"embeddings_file": "rows.npy", "query_embeddings_file": "rows.npy"}),
+        ("ifd", {}),
+        ("random", {}),
+    ],
+)
+def test_no_evaluation_data_where_none_is_looked_at(tmp_path, component, params):
+    make_workspace(tmp_path)
+    np.save("rows.npy", np.ones((12, 3)))
+    write_config(tmp_path, train_type="dynamic_select", component_name=component, update_step=1, component_params=params)
+    result = run_cli("validate", "config.yaml")
+    assert (result.exit_code, result.stderr) == (0, "")
 
 
 @pytest.mark.parametrize("command", ["train", "validate"])

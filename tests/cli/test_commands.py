@@ -8,7 +8,7 @@ import pytest
 from workspace import listing, make_workspace, run_cli, write_config
 
 import dataflex
-from dataflex.core.registry import REGISTRY, settings_of
+from dataflex.core.registry import REGISTRY, settings_of, uses_eval_dataset
 
 REPOSITORY = Path(__file__).parents[2]
 LIGHT = """
@@ -37,21 +37,20 @@ def test_an_unknown_command():
     assert result.exit_code == 2 and "trian" in result.stderr and "Traceback" not in result.stderr
 
 
-def test_components_lists_every_weighter_with_its_parameters():
+def test_components_lists_every_component_with_its_parameters():
     result = run_cli("components")
     assert result.exit_code == 0
     sections = {}
     for row in (line for line in result.stdout.splitlines() if line.startswith("│")):
         kind, name, *cells = [cell.strip() for cell in row.split("│")[1:-1]]
-        current = name or current  # noqa: F821
+        current = (kind, name) if name else current  # noqa: F821
         sections.setdefault(current, []).append(cells)
-        assert kind in ("", "weighter")
-    assert sorted(sections) == REGISTRY.names("weighter")
-    for name, rows in sections.items():
-        cls = REGISTRY.get("weighter", name)
+    assert sorted(sections) == sorted((kind, name) for kind in ("weighter", "selector", "mixer") for name in REGISTRY.names(kind))
+    for (kind, name), rows in sections.items():
+        cls = REGISTRY.get(kind, name)
         assert [row[0].split(" = ")[0] for row in rows if row[0]] == list(settings_of(cls))
-        assert rows[0][1] == ("evaluation data" if cls.needs_eval_dataset else "-")
-    assert [row[0] for row in sections["loss"]][:1] == ["strategy = linupper  (linupper | uniform | quadratic | extremes)"]
+        assert rows[0][1] == ("evaluation data" if uses_eval_dataset(cls, {}) else "-")
+    assert [row[0] for row in sections["weighter", "loss"]][:1] == ["strategy = linupper  (linupper | uniform | quadratic | extremes)"]
 
 
 def test_components_of_a_plugin_and_of_another_file(tmp_path):

@@ -4,19 +4,56 @@ A backend is a module of this package with
 
 - `REQUIRES`: the packages it needs;
 - `check(run)`: notes every problem in `run` and returns what `train` needs, with a list `notes`; or None if there is too little to go on;
-- `summary(run, prepared)`: lines for `dataflex-cli validate`, and the number of optimizer steps or None if it cannot be known;
-- `train(run, prepared)`.
+- `summary(run, prepared)`: lines for `dataflex-cli validate`, and the run's `Sizes`;
+- `train(run, prepared)`;
+- `scoring_trainer(run, prepared, cache_dir)`: a `SelectTrainer` for `dataflex-cli offline`.
 """
 
 from __future__ import annotations
 
 from importlib import import_module
 from importlib.util import find_spec
+from pathlib import Path
 from types import ModuleType
+from typing import NamedTuple
 
+from dataflex.configs.schema import DataflexConfig
 from dataflex.errors import ConfigError, Problem
 
 REQUIRES = {"trl": ("trl", "peft", "datasets"), "llamafactory": ("llamafactory",)}
+
+
+class Sizes(NamedTuple):
+    """How large a run is, as far as its file and data tell.
+
+    Attributes:
+        rows, eval_rows: of the training and evaluation data; None when they are counted only after tokenising.
+        batch: samples of an optimizer step, over all processes.
+        epochs: `num_train_epochs`.
+        fixed: optimizer steps when the file sets them, else 0.
+        steps: optimizer steps of ordinary training, None if not known.
+        packed: whether rows are packed, so that there will be fewer.
+    """
+
+    rows: int | None
+    eval_rows: int | None
+    batch: int
+    epochs: float
+    fixed: int
+    steps: int | None
+    packed: bool = False
+
+
+def for_scoring(config: DataflexConfig, cache_dir: Path) -> DataflexConfig:
+    """Settings of a trainer that is only asked for signals, which are kept in `cache_dir`."""
+    return DataflexConfig(
+        train_type="dynamic_select",
+        component_name="random",
+        component_params={"cache_dir": str(cache_dir)},
+        update_step=1,
+        scoring_tokens=config.scoring_tokens,
+        project_targets_only=config.project_targets_only,
+    )
 
 
 def backend_name(name: str) -> str:

@@ -16,6 +16,8 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+import numpy as np
+
 from dataflex.errors import ConfigError, Problem, listing, nearest
 
 if TYPE_CHECKING:
@@ -52,6 +54,8 @@ _OPENAI_TAGS = {"role_tag": "role", "content_tag": "content", "user_tag": "user"
 _REMOTE_KEYS = ("hf_hub_url", "ms_hub_url", "om_hub_url", "script_url", "cloud_file_name")
 _HUB_ONLY_KEYS = ("subset", "split", "folder", "revision")
 _ENTRY_KEYS = ("file_name", "formatting", "columns", "tags", "num_samples", "ranking", *_REMOTE_KEYS, *_HUB_ONLY_KEYS)
+
+DOMAIN_ROLE = "domain"  # of the column that `domain_column` names
 
 Stage = Literal["sft", "pt"]
 Formatting = Literal["alpaca", "sharegpt", "text"]
@@ -629,8 +633,9 @@ def _encode(
     parts: list[datasets.Dataset] = []
     dropped: Counter[str] = Counter()
     problems = []
-    for domain_id, spec in enumerate(specs):
-        rows = _map(load_rows(spec, max_samples), partial(encode_row, spec=spec, domain_id=domain_id), num_proc, f"Tokenising {spec.name}")
+    domains = _domains(specs, max_samples)
+    for domain_id, (name, spec, raw) in enumerate(domains):
+        rows = _map(raw, partial(encode_row, spec=spec, domain_id=domain_id), num_proc, f"Tokenising {name}")
         troubles = list(rows["trouble"])
         kept = [index for index, trouble in enumerate(troubles) if not trouble]
         reasons = Counter(trouble.partition(": ")[0] for trouble in troubles if trouble)
@@ -643,7 +648,30 @@ def _encode(
         dropped += reasons
     if problems:
         raise ConfigError(problems)
-    return Encoded(concatenate_datasets(parts), [spec.name for spec in specs], dict(dropped))
+    return Encoded(concatenate_datasets(parts), [name for name, _, _ in domains], dict(dropped))
+
+
+def _domains(specs: Sequence[DatasetSpec], max_samples: int | None) -> list[tuple[str, DatasetSpec, datasets.Dataset]]:
+    """Name, spec and raw rows of each domain: a data set, or the rows of a data set with one value in its column of the role `domain`.
+
+    Raises:
+        ConfigError: a row without a domain.
+    """
+    found = []
+    for spec in specs:
+        rows = load_rows(spec, max_samples)
+        if DOMAIN_ROLE not in spec.columns:
+            found.append((spec.name, spec, rows))
+            continue
+        values = np.array(rows[spec.columns[DOMAIN_ROLE]], dtype=object)
+        absent = int(sum(value is None or value == "" for value in values))
+        if absent:
+            message = f"'{spec.columns[DOMAIN_ROLE]}' is empty in {absent} of {len(values)} rows of '{spec.name}'; every row needs a domain"
+            raise ConfigError(Problem(str(spec.path), "domain_column", message))
+        names = sorted(set(values.tolist()))
+        prefix = f"{spec.name}/" if len(specs) > 1 else ""
+        found += [(f"{prefix}{name}", spec, rows.select(np.flatnonzero(values == name))) for name in names]
+    return found
 
 
 def _map(rows: datasets.Dataset, encode_row: Callable[..., dict[str, Any]], num_proc: int | None, desc: str) -> datasets.Dataset:

@@ -1,19 +1,22 @@
 """LLaMA-Factory as the backend: its own `train`, with DataFlex in front of its Trainer. All that depends on its version is in this file.
 
-A static run is `llamafactory-cli train` itself. For a dynamic one, LLaMA-Factory's workflow runs as it is, too; only the Trainer class it
-takes from its module's namespace is replaced while it runs, and put back afterwards.
+A static run is `llamafactory-cli train` itself. For a dynamic one, LLaMA-Factory's workflow runs as it is, too; only the Trainer class and the
+data function that it takes from its module's namespace are replaced while it runs, and put back afterwards.
 """
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+from dataflex.backends import Sizes, for_scoring
 from dataflex.configs.loading import RunFile
 from dataflex.core.state import newest_complete_checkpoint
 from dataflex.errors import TrainingError, listing, nearest
@@ -63,7 +66,7 @@ def _check_stage(keys: dict[str, Any], run: RunFile) -> None:
     if run.dataflex.train_type != "static" and stage not in TRAINERS:
         run.add("stage", f"{stage} cannot be combined with train_type: {run.dataflex.train_type}; allowed: {listing(TRAINERS)}")
     if run.dataflex.train_type != "static" and keys.get("do_train") is False:
-        run.add("do_train", "is false, so there is nothing to weight; set train_type: static")
+        run.add("do_train", "is false, so there is nothing to train; set train_type: static")
 
 
 def _check_steps(keys: dict[str, Any], run: RunFile) -> None:
@@ -118,17 +121,19 @@ def _check_values(keys: dict[str, Any], run: RunFile) -> None:
         run.add(next((key for key in keys if key in text), ""), text)
 
 
-def summary(run: RunFile, prepared: Prepared) -> tuple[list[tuple[str, str]], int | None]:
-    """What LLaMA-Factory will do. The steps are known only when they are set, since rows are counted after tokenising."""
+def summary(run: RunFile, prepared: Prepared) -> tuple[list[tuple[str, str]], Sizes]:
+    """What LLaMA-Factory will do. Rows are counted only after tokenising."""
     keys = prepared.keys
-    steps = run.dataflex.train_step or (keys["max_steps"] if keys.get("max_steps", -1) > 0 else None)
+    fixed = run.dataflex.train_step or (keys["max_steps"] if keys.get("max_steps", -1) > 0 else 0)
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    batch = keys.get("per_device_train_batch_size", 8) * keys.get("gradient_accumulation_steps", 1) * world
     lines = [
         ("backend", "llamafactory"),
         ("model", f"{keys['model_name_or_path']}, {keys.get('finetuning_type', 'lora')}, stage {keys.get('stage', 'sft')}"),
         ("data", ", ".join(_names(keys["dataset"]))),
-        ("optimizer steps", str(steps) if steps else f"{keys.get('num_train_epochs', 3)} epochs"),
+        ("samples per step", f"{batch} ({world} process{'es' if world > 1 else ''})"),
     ]
-    return lines, steps
+    return lines, Sizes(None, None, batch, keys.get("num_train_epochs", 3), fixed, fixed or None)
 
 
 def train(run: RunFile, prepared: Prepared) -> None:
@@ -152,6 +157,23 @@ def train(run: RunFile, prepared: Prepared) -> None:
     return None
 
 
+def scoring_trainer(run: RunFile, prepared: Prepared, cache_dir: Path) -> Any:
+    """The trainer that LLaMA-Factory's workflow makes, for its signals; the workflow is left before it trains."""
+    from llamafactory.train.tuner import run_exp
+
+    run.dataflex = for_scoring(run.dataflex, cache_dir)
+    with dynamic_trainer(prepared.keys.get("stage", "sft"), run, leave=True) as made:
+        try:
+            run_exp({**prepared.keys, "do_train": True, "output_dir": str(cache_dir)}, [])  # the Trainer makes that folder
+        except _Made:
+            return made[0]
+    raise TrainingError("LLaMA-Factory ran without DataFlex; this version takes its Trainer from elsewhere")
+
+
+class _Made(Exception):
+    """The trainer is there, and that is all that was wanted."""
+
+
 def _with_checkpoint(keys: dict[str, Any]) -> dict[str, Any]:
     """LLaMA-Factory goes on from the last checkpoint in output_dir by itself; let it be the last complete one."""
     if keys.get("resume_from_checkpoint") or keys.get("overwrite_output_dir"):
@@ -161,21 +183,57 @@ def _with_checkpoint(keys: dict[str, Any]) -> dict[str, Any]:
 
 
 @contextmanager
-def dynamic_trainer(stage: str, run: RunFile) -> Iterator[list[Any]]:
-    """Within the block the workflow of `stage` makes its Trainer with DataFlex in front. Yields the trainers it has made."""
-    from dataflex.train.trainer.weight_trainer import WeightTrainer
+def dynamic_trainer(stage: str, run: RunFile, leave: bool = False) -> Iterator[list[Any]]:
+    """Within the block the workflow of `stage` makes its Trainer with DataFlex in front. Yields the trainers it has made.
+
+    Args:
+        leave: leave the workflow as soon as there is one.
+    """
+    from dataflex.train.trainer.by_type import trainer_for
 
     module_name, name = TRAINERS[stage]
     module = import_module(module_name)
-    original = getattr(module, name)
+    original, get_dataset = getattr(module, name), module.get_dataset
     made: list[Any] = []
+    domains: list[str] = []
 
     def make(*args: Any, **kwargs: Any) -> Any:
-        made.append(WeightTrainer.over(original)(*args, dataflex=run.dataflex, **kwargs))
+        made.append(trainer_for(run.dataflex.train_type).over(original)(*args, dataflex=run.dataflex, domain_names=domains or None, **kwargs))
+        if leave:
+            raise _Made
         return made[-1]
 
+    def get(template: Any, model_args: Any, data_args: Any, *args: Any, **kwargs: Any) -> Any:
+        names = data_args.dataset or []
+        if len(names) < 2 or data_args.streaming or data_args.tokenized_path or data_args.mix_strategy != "concat":
+            return get_dataset(template, model_args, data_args, *args, **kwargs)
+        domains[:] = names
+        return _joined([get_dataset(template, model_args, one, *args, **kwargs) for one in _one_by_one(data_args)])
+
     setattr(module, name, make)
+    module.get_dataset = get  # type: ignore[attr-defined]
     try:
         yield made
     finally:
         setattr(module, name, original)
+        module.get_dataset = get_dataset  # type: ignore[attr-defined]
+
+
+def _one_by_one(data_args: Any) -> Iterator[Any]:
+    """Arguments for each data set alone, since LLaMA-Factory forgets which one a row came from when it joins them."""
+    for number, name in enumerate(data_args.dataset):
+        one = copy.copy(data_args)
+        one.dataset, one.eval_dataset = [name], data_args.eval_dataset if number == 0 else None
+        yield one
+
+
+def _joined(modules: list[dict[str, Any]]) -> dict[str, Any]:
+    """Data sets one after the other, with their number as domain."""
+    from datasets import concatenate_datasets
+
+    from dataflex.train.data.sample_meta import DOMAIN_COLUMN
+
+    parts = [part["train_dataset"].add_column(DOMAIN_COLUMN, [number] * len(part["train_dataset"])) for number, part in enumerate(modules)]
+    evaluation = [part["eval_dataset"] for part in modules if part.get("eval_dataset") is not None]
+    joined = {**modules[0], "train_dataset": concatenate_datasets(parts)}
+    return {**joined, "eval_dataset": concatenate_datasets(evaluation)} if len(evaluation) > 1 else joined

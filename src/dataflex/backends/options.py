@@ -46,6 +46,9 @@ class TrlOptions(BaseModel):
     freeze_extra_modules: Names = Field(default_factory=list, description="`freeze`: further modules to train, e.g. `norm`.")
 
     dataset: Names = Field(description="Data sets, comma-separated: names in `dataset_info.json`, or files.")
+    domain_column: str | None = Field(
+        None, description="Column of `dataset` whose values are the domains for metrics and mixing; left out, each data set is one."
+    )
     dataset_dir: str = Field("data", description="Folder with `dataset_info.json`.")
     eval_dataset: Names = Field(default_factory=list, description="Data sets to evaluate on.")
     eval_on_each_dataset: bool = Field(False, description="Evaluate on each separately: `eval_<name>_loss`.")

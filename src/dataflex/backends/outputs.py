@@ -33,11 +33,14 @@ def library_versions() -> dict[str, str]:
 
 
 def start_output_dir(run: RunFile, output_dir: str, *, seed: int, overwrite: bool) -> None:
-    """Write `dataflex/run.yaml`, which replays the run; with `overwrite` delete an earlier run's checkpoints and records first."""
+    """Write `dataflex/run.yaml`, which replays the run; with `overwrite` delete an earlier run's checkpoints and records first.
+
+    The cache stays: its results are found by content, and a run that was killed in its first scoring pass goes on with it.
+    """
     folder = Path(output_dir)
     if overwrite:
-        for path in [*folder.glob("checkpoint-*"), folder / "dataflex"]:
-            shutil.rmtree(path, ignore_errors=True)
+        for path in [*folder.glob("checkpoint-*"), *(path for path in (folder / "dataflex").glob("*") if path.name != "cache")]:
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
     settings = {**run.dataflex.model_dump(exclude_unset=True), **run.backend}
     metadata = {
         "created": datetime.now(UTC).isoformat(timespec="seconds"),

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Container
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dataflex.backends import for_scoring
 from dataflex.backends.data import DatasetSpec, Encoded, encode_sft, encode_text
 from dataflex.backends.options import TrlOptions
 from dataflex.backends.templates import resolve_template
@@ -15,7 +17,7 @@ from dataflex.core.state import newest_complete_checkpoint
 from dataflex.errors import ConfigError, Problem, ResumeError
 from dataflex.utils.logging import logger
 
-__all__ = ["check", "summary", "train"]
+__all__ = ["check", "scoring_trainer", "summary", "train"]
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -83,12 +85,27 @@ def train(run: RunFile, prepared: Checked) -> None:
     finish(trainer, result, plot=options.plot_loss)
 
 
+def scoring_trainer(run: RunFile, prepared: Checked, cache_dir: Path) -> Any:
+    """A trainer that is asked for signals and does not train."""
+    from transformers import set_seed
+
+    options = prepared.options
+    args = training_arguments(prepared.trainer_keys, options, run)
+    tokenizer = load_tokenizer(options, run)
+    with run.locating():
+        train_data, eval_data = load_data(prepared, tokenizer, args.seed)
+        set_seed(args.seed)
+        run.dataflex = for_scoring(run.dataflex, cache_dir)
+        args.output_dir = str(cache_dir)  # the Trainer makes that folder
+        return make_trainer(run, options, args, tokenizer, train_data, eval_data)
+
+
 def make_trainer(run: RunFile, options: TrlOptions, args: SFTConfig, tokenizer: Any, train_data: Encoded, eval_data: Any) -> Any:
     """TRL's SFTTrainer, with DataFlex in front unless the training is static."""
     from transformers import EarlyStoppingCallback
     from trl import SFTTrainer
 
-    from dataflex.train.trainer.weight_trainer import WeightTrainer
+    from dataflex.train.trainer.by_type import trainer_for
 
     peft_config = _lora_config(options) if options.finetuning_type == "lora" and not options.adapter_name_or_path else None
     common: dict[str, Any] = {
@@ -102,7 +119,7 @@ def make_trainer(run: RunFile, options: TrlOptions, args: SFTConfig, tokenizer: 
     }
     if run.dataflex.train_type == "static":
         return SFTTrainer(**common)
-    return WeightTrainer.over(SFTTrainer)(**common, dataflex=run.dataflex, domain_names=train_data.names)
+    return trainer_for(run.dataflex.train_type).over(SFTTrainer)(**common, dataflex=run.dataflex, domain_names=train_data.names)
 
 
 def load_tokenizer(options: TrlOptions, run: RunFile) -> PreTrainedTokenizerBase:

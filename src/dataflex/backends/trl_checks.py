@@ -13,7 +13,8 @@ from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
-from dataflex.backends.data import DatasetSpec, find_datasets, load_rows
+from dataflex.backends import Sizes
+from dataflex.backends.data import DOMAIN_ROLE, DatasetSpec, find_datasets, load_rows
 from dataflex.backends.options import NOT_HONOURED, WITHOUT_EFFECT, TrlOptions
 from dataflex.backends.templates import resolve_template
 from dataflex.configs.loading import RunFile, checked
@@ -317,10 +318,21 @@ def _check_checkpoint(resume: str | bool | None, folder: Path, run: RunFile) -> 
 
 def _find(names: list[str], folder: Path, options: TrlOptions, key: str, run: RunFile) -> list[DatasetSpec]:
     try:
-        return find_datasets(names, folder, stage=options.stage, key=key) if names else []
+        specs = find_datasets(names, folder, stage=options.stage, key=key) if names else []
     except ConfigError as error:
         run.add_all(error.problems)
         return []
+    return [_with_domains(spec, options.domain_column, run) for spec in specs] if options.domain_column and key == "dataset" else specs
+
+
+def _with_domains(spec: DatasetSpec, column: str, run: RunFile) -> DatasetSpec:
+    """The spec with its domain column, if the first row has one."""
+    with_column = dataclasses.replace(spec, columns={**spec.columns, DOMAIN_ROLE: column})
+    first = load_rows(dataclasses.replace(with_column, num_samples=None), 1)
+    if len(first) and first[0][column] is None:
+        run.add("domain_column", f"'{spec.path}' has no column '{column}' in its first row")
+        return spec
+    return with_column
 
 
 def _resolve(path: str, run: RunFile) -> Path:
@@ -346,27 +358,25 @@ def _steps(rows: int, batch: int, keys: dict[str, Any]) -> int:
     return math.ceil(max(math.ceil(micro_batches / accumulation), 1) * keys.get("num_train_epochs", 3))
 
 
-def summary(run: RunFile, checked: Checked) -> tuple[list[tuple[str, str]], int | None]:
-    """What the run will do, and its optimizer steps (None for packed rows, whose number is known only after tokenising)."""
+def summary(run: RunFile, checked: Checked) -> tuple[list[tuple[str, str]], Sizes]:
+    """What the run will do, and its sizes."""
     from dataflex.backends.trl import held_out_rows
 
     config, keys, options = run.dataflex, checked.trainer_keys, checked.options
     rows = sum(len(load_rows(spec, options.max_samples)) for spec in checked.train)
     with run.locating():
         train_rows = rows - held_out_rows(rows, options.val_size)
+    eval_rows = rows - train_rows if options.val_size else sum(len(load_rows(spec, options.max_samples)) for spec in checked.evaluation)
     world = int(os.environ.get("WORLD_SIZE", "1"))
     batch = keys.get("per_device_train_batch_size", 8) * keys.get("gradient_accumulation_steps", 1) * world
     fixed = config.train_step or (keys["max_steps"] if keys.get("max_steps", -1) > 0 else 0)
     packed = options.packing or options.neat_packing or (options.stage == "pt" and options.packing is not False)
-    steps = fixed or _steps(train_rows, batch, keys)
-    about = "at most " if packed and not fixed else ""
     warmup = f"{options.warmup_ratio:.0%} of the steps" if options.warmup_ratio else keys.get("warmup_steps", 0)
     lines = [
         ("model", f"{options.model_name_or_path}, {options.finetuning_type}, stage {options.stage}"),
         ("data", f"{', '.join(options.dataset)}: {train_rows} rows"),
         ("evaluation data", ", ".join(options.eval_dataset) or (f"{rows - train_rows} rows of the above" if options.val_size else "none")),
         ("samples per step", f"{batch} ({world} process{'es' if world > 1 else ''})"),
-        ("optimizer steps", f"{about}{steps}, {steps * batch / max(train_rows, 1):.1f} passes over the data"),
         ("warmup_steps", f"{warmup} (learning rate; not the same as warmup_step)"),
     ]
-    return lines, None if about else steps
+    return lines, Sizes(train_rows, eval_rows, batch, keys.get("num_train_epochs", 3), fixed, _steps(train_rows, batch, keys), bool(packed))

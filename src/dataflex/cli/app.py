@@ -11,6 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from dataflex import __version__
+from dataflex.cli.offline import app as offline_app
 from dataflex.errors import ConfigError, DataflexError
 
 app = typer.Typer(
@@ -19,6 +20,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Optimise the data while the model trains. Start with: dataflex-cli train config.yaml",
 )
+
+app.add_typer(offline_app, name="offline")
 
 Config = Annotated[str, typer.Argument(help="YAML file with the settings.")]
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="[key=value]...", help="Settings that replace those of the file.")]
@@ -32,13 +35,13 @@ _LENIENT = {"ignore_unknown_options": True}
 @app.command(context_settings=_LENIENT)
 def train(config: Config, overrides: Overrides = None, debug: Debug = False) -> None:
     """Train as a YAML file says."""
-    _guarded(lambda: _train(config, overrides or []), debug)
+    guarded(lambda: _train(config, overrides or []), debug)
 
 
 @app.command(context_settings=_LENIENT)
 def validate(config: Config, overrides: Overrides = None, debug: Debug = False) -> None:
     """Check a YAML file and print what it would do, without loading the model or writing anything."""
-    _guarded(lambda: _validate(config, overrides or []), debug)
+    guarded(lambda: _validate(config, overrides or []), debug)
 
 
 @app.command()
@@ -50,7 +53,7 @@ def components(
     """List the algorithms with their parameters, defaults and needs."""
     from dataflex.cli.tables import print_components
 
-    _guarded(lambda: print_components(components_cfg_file, plugins or []), debug)
+    guarded(lambda: print_components(components_cfg_file, plugins or []), debug)
 
 
 @app.command()
@@ -73,6 +76,28 @@ def reference() -> None:
     from dataflex.cli.tables import reference_page
 
     typer.echo(reference_page(), nl=False)
+
+
+@app.command(context_settings=_LENIENT)
+def doremi(config: Config, overrides: Overrides = None, debug: Debug = False) -> None:
+    """Run DoReMi's three steps (reference, proxy, final) from one YAML file; finished steps are not repeated."""
+    from dataflex.cli.doremi import doremi as run_all
+
+    guarded(lambda: run_all(config, overrides or []), debug)
+
+
+@app.command()
+def inspect(
+    output_dir: Annotated[str, typer.Argument(help="Folder of a run with dynamic_select or dynamic_mix.")],
+    rows: Annotated[int, typer.Option(help="Rows to show of those chosen most and least often.", min=0)] = 5,
+    html: Annotated[str | None, typer.Option(help="Report to write instead of output_dir/dataflex/selections/report.html.")] = None,
+    png: Annotated[str | None, typer.Option(help="Picture to write instead of output_dir/dataflex/selections/report.png.")] = None,
+    debug: Debug = False,
+) -> None:
+    """Show what a run was trained on: what was chosen when, from which data set, and which rows most and least."""
+    from dataflex.cli.inspect import inspect as show
+
+    guarded(lambda: show(output_dir, rows, html, png), debug)
 
 
 def _train(config: str, overrides: list[str]) -> None:
@@ -101,7 +126,7 @@ def _validate(config: str, overrides: list[str]) -> None:
     print_plan(plan(*check_run(config, overrides)))
 
 
-def _guarded(action: Callable[[], Any], debug: bool) -> None:
+def guarded(action: Callable[[], Any], debug: bool) -> None:
     """Run a command; errors that DataFlex raises on purpose are printed without a traceback, and the exit code is 2."""
     try:
         action()

@@ -6,13 +6,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from dataflex.backends import load_backend
+from dataflex.backends import Sizes, load_backend
 from dataflex.configs.components import component_entry
 from dataflex.configs.loading import RunFile, load_run
 from dataflex.configs.schema import COMPONENT_KIND
 from dataflex.core.plugins import load_plugins
-from dataflex.core.registry import REGISTRY, check_parameters
+from dataflex.core.registry import REGISTRY, check_parameters, uses_eval_dataset
+from dataflex.core.schedule import WITHOUT_END, Interval, Schedule, stage_length, total_steps
 from dataflex.errors import ComponentError, ConfigError
+from dataflex.train.trainer.by_type import AVAILABLE
 
 
 def check_run(path: str | Path, overrides: Sequence[str] = ()) -> tuple[RunFile, Any]:
@@ -34,10 +36,12 @@ def check_run(path: str | Path, overrides: Sequence[str] = ()) -> tuple[RunFile,
 
 def _check_component(run: RunFile) -> None:
     config = run.dataflex
+    if config.train_type == "dynamic_mix":
+        _check_domains(run)
     if config.train_type == "static" or config.component_name is None:
         return
-    if config.train_type not in ("dynamic_weight",):
-        run.add("train_type", f"{config.train_type} is not available in this version; allowed: static, dynamic_weight")
+    if config.train_type not in AVAILABLE:
+        run.add("train_type", f"{config.train_type} is not available in this version; allowed: {', '.join(AVAILABLE)}")
         return
     kind = COMPONENT_KIND[config.train_type]
     try:
@@ -53,7 +57,8 @@ def _check_component(run: RunFile) -> None:
             run.problems.append(entry.problem(problem.key, problem.message))
         else:
             run.add(f"component_params.{problem.key}", problem.message)
-    if cls.needs_eval_dataset and not (run.backend.get("eval_dataset") or run.backend.get("val_size")):
+    params = {**entry.params, **config.component_params}
+    if uses_eval_dataset(cls, params) and not (run.backend.get("eval_dataset") or run.backend.get("val_size")):
         run.add("component_name", f"{config.component_name} compares samples with evaluation data: set eval_dataset or val_size")
     # The trainer finds the same files from wherever it is started.
     if config.plugins:
@@ -64,6 +69,14 @@ def _check_component(run: RunFile) -> None:
     return None
 
 
+def _check_domains(run: RunFile) -> None:
+    given, names = run.dataflex.init_mixture_proportions, _domain_names(run)
+    if given is not None and names and len(given) != len(names):
+        run.add("init_mixture_proportions", f"has {len(given)} numbers and there are {len(names)} domains: {', '.join(names)}")
+    if len(names) == 1:
+        run.add("dataset", "is one data set, so there is nothing to mix: name several, or the column that tells domains apart with domain_column")
+
+
 def _references(run: RunFile) -> dict[str, str]:
     return {"output_dir": str(run.backend.get("output_dir", ""))}
 
@@ -71,23 +84,153 @@ def _references(run: RunFile) -> dict[str, str]:
 def plan(run: RunFile, prepared: Any) -> list[tuple[str, str]]:
     """What the run will do, as (name, value) lines."""
     config = run.dataflex
-    lines, steps = load_backend(config.backend).summary(run, prepared)
-    lines += _component_lines(run, steps) if config.train_type != "static" else [("train type", "static: the backend's own training")]
+    lines, sizes = load_backend(config.backend).summary(run, prepared)
+    lines += _LINES[config.train_type](run, sizes)
     return [*lines, *(("note", note) for note in prepared.notes)]
 
 
-def _component_lines(run: RunFile, steps: int | None) -> list[tuple[str, str]]:
-    config = run.dataflex
-    assert config.component_name is not None
-    kind = COMPONENT_KIND[config.train_type]
-    entry = component_entry(kind, config.component_name, config.components_cfg_file, run.folder, _references(run))
-    params = {**entry.params, **config.component_params}
-    cls: Any = REGISTRY.get(kind, config.component_name)
+def _static_lines(run: RunFile, sizes: Sizes) -> list[tuple[str, str]]:
+    return [_steps_line(sizes.fixed or sizes.steps, sizes), ("train type", "static: the backend's own training")]
+
+
+def _weight_lines(run: RunFile, sizes: Sizes) -> list[tuple[str, str]]:
+    config, (cls, params) = run.dataflex, _component(run)
+    steps = sizes.fixed or (None if sizes.packed else sizes.steps)
     lines = [
-        ("train type", f"{config.train_type}, {config.component_name} ({', '.join(f'{k}={v}' for k, v in params.items())})"),
+        _steps_line(sizes.fixed or sizes.steps, sizes),
+        _component_line(run),
         ("warmup_step", f"weights are 1 for the first {config.warmup_step}{f' of {steps}' if steps else ''} optimizer steps"),
         ("extra cost", "; ".join(cls.costs(params)) or "none: weights come from the training forward"),
     ]
     if steps and config.warmup_step >= steps:
         lines.append(("warning", f"warmup_step {config.warmup_step} leaves no step to weight"))
     return lines
+
+
+def _select_lines(run: RunFile, sizes: Sizes) -> list[tuple[str, str]]:
+    if sizes.packed:  # packing makes rows of its own, which are counted only then
+        sizes = sizes._replace(rows=None, packed=False)
+    (cls, params), schedule = _component(run), _schedule(run, sizes)
+    if schedule is None:
+        return [_component_line(run), ("boundaries", "until training ends; counted once the rows are tokenised")]
+    intervals = list(schedule.intervals())
+    decisions = [interval for interval in intervals if not interval.is_warmup]
+    lines = [
+        _steps_line(schedule.total_steps, sizes),
+        _component_line(run),
+        ("boundaries", _boundaries(intervals, "selection")),
+        ("samples drawn", _drawn(schedule, intervals, sizes)),
+        ("extra cost", _passes(cls.passes(params), len(decisions), sizes, bool(params.get("diversity"))) if hasattr(cls, "passes") else "not known"),
+    ]
+    if not decisions:
+        lines.append(("warning", f"the {schedule.total_steps} steps are over before the first selection at step {schedule.warmup_step}"))
+    largest = max((interval.steps for interval in intervals), default=0) * sizes.batch
+    if sizes.rows and largest > sizes.rows:
+        lines.append(("warning", f"an interval takes {largest} samples and there are {sizes.rows} rows: rows are repeated"))
+    return lines
+
+
+def _mix_lines(run: RunFile, sizes: Sizes) -> list[tuple[str, str]]:
+    config = run.dataflex
+    (cls, params), schedule = _component(run), _schedule(run, sizes)
+    names = _domain_names(run)
+    lines = [_steps_line(schedule.total_steps if schedule else None, sizes), _component_line(run)]
+    if config.mixture_sample_rule == "mixture":
+        given = config.init_mixture_proportions or [1.0] * len(names)
+        shares = [f"{name} {share / sum(given):.3g}" for name, share in zip(names, given, strict=False)]
+        lines.append(("first mixture", ", ".join(shares) or "equal"))
+        if config.init_mixture_proportions and abs(sum(given) - 1) > 1e-6:
+            lines.append(("note", f"init_mixture_proportions sum to {sum(given):g}; they are scaled to sum to 1"))
+    else:
+        lines.append(("mixture", {"stratified": "by size of the domains", "uniform": "equal"}[config.mixture_sample_rule]))
+    if config.static_mix:
+        return [*lines, ("boundaries", "none: the mixture stays")]
+    if schedule is None:
+        lines.append(("boundaries", "until training ends; counted once the rows are tokenised"))
+    else:
+        intervals = list(schedule.intervals())
+        lines.append(("boundaries", _boundaries(intervals, "decision")))
+        if all(interval.is_warmup for interval in intervals):
+            lines.append(("warning", f"the {schedule.total_steps} steps are over before the first decision at step {schedule.warmup_step}"))
+    if config.mixture_sample_rule != "mixture":
+        lines.append(("warning", f"mixture_sample_rule: {config.mixture_sample_rule} fixes the mixture, so what the mixer decides is not used"))
+    return [*lines, ("extra cost", "; ".join(cls.costs(params)) or "none: losses come from the training forward")]
+
+
+def _domain_names(run: RunFile) -> list[str]:
+    """The domains as far as the file tells: data sets, unless a column tells domains apart."""
+    names = run.backend.get("dataset") or []
+    names = [name.strip() for name in names.split(",")] if isinstance(names, str) else list(names)
+    return [] if run.backend.get("domain_column") else names
+
+
+def _schedule(run: RunFile, sizes: Sizes) -> Schedule | None:
+    """When there are decisions; None if the rows must be known for that and are not."""
+    config = run.dataflex
+    if config.keeps_mixture:
+        steps = sizes.fixed or sizes.steps
+        return Schedule(0, steps, WITHOUT_END, steps) if steps else None
+    if config.update_times == WITHOUT_END and not (sizes.fixed or sizes.rows):
+        return None
+    stage = stage_length(config.warmup_step, config.update_step, config.update_times, -(-(sizes.rows or 0) // sizes.batch))
+    return Schedule(config.warmup_step, config.update_step, config.update_times, total_steps(sizes.epochs, stage, sizes.fixed))
+
+
+def _boundaries(intervals: list[Interval], what: str) -> str:
+    steps = [str(interval.start) for interval in intervals if not interval.is_warmup]
+    shown = steps if len(steps) <= 8 else [*steps[:4], "...", *steps[-2:]]
+    stages = intervals[-1].stage + 1 if intervals else 0
+    plural = "s" if len(steps) != 1 else ""
+    text = f"{len(steps)} {what}{plural}, at step{plural} {', '.join(shown)}" if steps else "none"
+    return f"{text}; {stages} stages" if stages > 1 else text
+
+
+def _drawn(schedule: Schedule, intervals: list[Interval], sizes: Sizes) -> str:
+    warm = sum(interval.steps for interval in intervals if interval.is_warmup) * sizes.batch
+    total = schedule.total_steps * sizes.batch
+    text = f"{total}: {warm} at random in warm-up, {total - warm} selected"
+    return f"{text}; at most {min(1.0, total / sizes.rows):.0%} of the rows are seen" if sizes.rows else text
+
+
+def _passes(passes: Any, decisions: int, sizes: Sizes, diversity: bool) -> str:
+    """What `decisions` of these passes cost; how many of the best rows are embedded for `diversity` is not known beforehand."""
+    if sizes.rows is None or sizes.eval_rows is None:
+        numbers = ((passes.forward, "forward"), (passes.backward, "forward and backward"))
+        parts = [f"for each row {number:g} {what} passes at each selection" for number, what in numbers if number]
+        if passes.once:
+            parts.append(f"{passes.once.forward:g} forward at the first")
+    else:
+        forward = backward = 0.0
+        for part, times in ((passes, decisions), (passes.once, min(decisions, 1))):
+            if part is not None:
+                forward += times * (part.forward * sizes.rows + part.eval_forward * sizes.eval_rows)
+                backward += times * (part.backward * sizes.rows + part.eval_backward * sizes.eval_rows)
+        parts = [f"{number:,.0f} rows {what}" for number, what in ((forward, "forward"), (backward, "forward and backward")) if number]
+    if diversity and decisions:
+        parts.append("the best rows forward (diversity)")
+    return " and ".join(parts) or "none: the model is not run for a selection"
+
+
+def _steps_line(steps: int | None, sizes: Sizes) -> tuple[str, str]:
+    if steps is None:
+        return "optimizer steps", f"{sizes.epochs} epochs"
+    about = "at most " if sizes.packed and not sizes.fixed else ""
+    passes = f", {steps * sizes.batch / max(sizes.rows, 1):.1f} passes over the data" if sizes.rows is not None else ""
+    return "optimizer steps", f"{about}{steps}{passes}"
+
+
+def _component(run: RunFile) -> tuple[Any, dict[str, Any]]:
+    """The component's class and parameters."""
+    config = run.dataflex
+    kind, name = COMPONENT_KIND[config.train_type], config.component_name or "static"
+    entry = component_entry(kind, name, config.components_cfg_file, run.folder, _references(run))
+    return REGISTRY.get(kind, name), {**entry.params, **(config.component_params if config.component_name else {})}
+
+
+def _component_line(run: RunFile) -> tuple[str, str]:
+    _, params = _component(run)
+    settings = ", ".join(f"{key}={value}" for key, value in params.items())
+    return "train type", f"{run.dataflex.train_type}, {run.dataflex.component_name or 'static'}{f' ({settings})' if settings else ''}"
+
+
+_LINES = {"static": _static_lines, "dynamic_weight": _weight_lines, "dynamic_select": _select_lines, "dynamic_mix": _mix_lines}

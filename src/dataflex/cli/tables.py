@@ -19,7 +19,7 @@ from dataflex.configs.components import components_path
 from dataflex.configs.schema import COMPONENT_BUCKETS, PACKAGED_COMPONENTS, DataflexConfig
 from dataflex.configs.yaml_files import read_yaml
 from dataflex.core.plugins import load_plugins
-from dataflex.core.registry import KINDS, REGISTRY, settings_of
+from dataflex.core.registry import KINDS, REGISTRY, settings_of, uses_eval_dataset
 
 
 def print_plan(lines: list[tuple[str, str]]) -> None:
@@ -41,7 +41,7 @@ def print_components(components_cfg_file: str | None, plugins: list[str]) -> Non
             entry = (content.get(COMPONENT_BUCKETS[kind]) or {}).get(name)
             values = (entry or {}).get("params") or {}
             parameters = [f"{key} = {values.get(key, _default(p))}  ({type_name(p.annotation)})" for key, p in settings_of(cls).items()]
-            needs = "evaluation data" if cls.needs_eval_dataset else "-"
+            needs = "evaluation data" if uses_eval_dataset(cls, values) else "-"
             about = (inspect.getdoc(cls) or "").split("\n")[0] + ("" if entry is not None else " (no entry in the components file)")
             table.add_row(*map(Text, (kind, name, "\n".join(parameters) or "-", needs, about)))
     _console().print(table)
@@ -122,7 +122,7 @@ def _key_table(model: type[BaseModel]) -> str:
 def _component_section(kind: str, name: str) -> str:
     cls: Any = REGISTRY.get(kind, name)
     lines = [f"### {kind} `{name}`\n", (inspect.getdoc(cls) or "").split("\n")[0] + "\n"]
-    if cls.needs_eval_dataset:
+    if uses_eval_dataset(cls, {}):
         lines.append("Needs evaluation data (`eval_dataset` or `val_size`).\n")
     about = _parameter_help(cls)
     lines += ["| parameter | type | default | meaning |", "| --- | --- | --- | --- |"]
