@@ -82,7 +82,13 @@ def padded_losses(model: Any, data: datasets.Dataset, size: int) -> np.ndarray:
 
 def compare_losses(folder: str | None, number: int, repetitions: int, masked: float) -> None:
     if folder is None:
-        sizes = {"hidden_size": 256, "intermediate_size": 688, "num_hidden_layers": 8, "num_attention_heads": 4, "num_key_value_heads": 4}
+        sizes: dict[str, Any] = {
+            "hidden_size": 256,
+            "intermediate_size": 688,
+            "num_hidden_layers": 8,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 4,
+        }
         model: Any = LlamaForCausalLM(LlamaConfig(vocab_size=8000, max_position_embeddings=LONGEST, **sizes))
     else:
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
@@ -114,10 +120,10 @@ def compare_losses(folder: str | None, number: int, repetitions: int, masked: fl
     name = "a Llama with H 256, 8 layers, V 8000" if folder is None else f"{Path(folder).name} ({model.num_parameters() / 1e6:.0f} M parameters)"
     print(f"\n{name}; {number} rows, lengths p10/50/90/max {quantiles}, {masked:.0%} without label; {repetitions} repetitions\n")
     print("| losses of all rows | time / Signals.losses | s per 1000 rows | tokens per row, padding included |\n| --- | ---: | ---: | ---: |")
-    for arm, values in seconds.items():
+    for title, values in seconds.items():
         ratio = statistics.median(a / b for a, b in zip(values, seconds["Signals.losses"], strict=True))
-        per_row = tokens.get(arm.split()[0].split(".")[0], int(lengths.sum())) / number
-        print(f"| {arm} | {ratio:.2f} | {statistics.median(values) / number * 1000:.2f} | {per_row:.0f} |", flush=True)
+        per_row = tokens.get(title.split()[0].split(".")[0], int(lengths.sum())) / number
+        print(f"| {title} | {ratio:.2f} | {statistics.median(values) / number * 1000:.2f} | {per_row:.0f} |", flush=True)
 
 
 # ------------------------------------------------------------------------------------------------ boundary

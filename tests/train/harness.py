@@ -219,6 +219,15 @@ def run(spec: dict[str, Any], out: str | Path, world: int = 1, check: bool = Tru
     return None if killed else Result(out)  # type: ignore[return-value]
 
 
+def run_in_turn(specs: dict[str, dict[str, Any]], out: Path, world: int) -> dict[str, Result]:
+    """Train several specs one after the other in the same processes, which take longer to start than to train. Results by name."""
+    out.mkdir(parents=True, exist_ok=True)
+    path = out / "specs.json"
+    path.write_text(json.dumps([{**spec, "out": str(out / name)} for name, spec in specs.items()]))
+    run_distributed(__file__, str(path), world=world)
+    return {name: Result(out / name) for name in specs}
+
+
 def relative(a: torch.Tensor, b: torch.Tensor) -> float:
     """Norm of the difference over the norm."""
     return float((a - b).double().norm() / b.double().norm())
@@ -227,5 +236,6 @@ def relative(a: torch.Tensor, b: torch.Tensor) -> float:
 if __name__ == "__main__":
     torch.set_num_threads(1)
     described = json.loads(Path(sys.argv[1]).read_text())
-    train(described, described.pop("out"))
+    for one in described if isinstance(described, list) else [described]:
+        train(one, one.pop("out"))
     leave()

@@ -2,6 +2,7 @@
 
 import json
 import math
+from pathlib import Path
 from typing import ClassVar
 
 import datasets
@@ -9,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from harness import HOSTS, make_trainer, relative, run, train
+from harness import HOSTS, make_trainer, relative, run, run_in_turn, train
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from dataflex import Mixer, MixTrainer
@@ -366,24 +367,24 @@ def test_resume_at_every_step(tmp_path, name):
 
 @pytest.mark.slow
 @pytest.mark.distributed
-@pytest.mark.parametrize("name", MIXERS)
-def test_two_ranks_draw_and_train_as_one(tmp_path, name):
-    component, params = MIXERS[name]
-    spec = {**SPEC, "component": component, "params": params, "double": True}
-    if name == "doremi":
-        spec["params"] = {"reference_model": str((tmp_path / "reference").resolve())}
-    one = run({**spec, "batch": 4}, tmp_path / "one")
-    two = run({**spec, "batch": 2}, tmp_path / "two", world=2)
-    first, second = ([list(event["proportions"].values()) for event in mixtures(tmp_path / run_)] for run_ in ("one", "two"))
-    assert np.allclose(first, second, rtol=1e-6)
-    assert torch.allclose(one.parameters, two.parameters, rtol=1e-6, atol=1e-9)
+def test_two_ranks_draw_and_train_as_one_and_resume(tmp_path):
+    reference = {"reference_model": str(Path("reference").resolve())}
+    params = {name: reference if name == "doremi" else params for name, (_, params) in MIXERS.items()}
+    specs = {name: {**SPEC, "component": component, "params": params[name], "double": True} for name, (component, _) in MIXERS.items()}
+    one = {name: run({**spec, "batch": 4}, tmp_path / "one" / name) for name, spec in specs.items()}
+    two = run_in_turn({name: {**spec, "batch": 2} for name, spec in specs.items()}, tmp_path / "two", world=2)
+    for name in specs:
+        first, second = ([list(event["proportions"].values()) for event in mixtures(tmp_path / ranks / name)] for ranks in ("one", "two"))
+        assert np.allclose(first, second, rtol=1e-6), name
+        assert torch.allclose(one[name].parameters, two[name].parameters, rtol=1e-6, atol=1e-9), name
 
 
 @pytest.mark.slow
 @pytest.mark.distributed
 def test_resume_of_two_processes(tmp_path):
-    spec = {**SPEC, "component": "custom", "params": {"power": 3.0}, "args": {"save_strategy": "steps", "save_steps": 1, "logging_steps": 4}}
-    whole = run(spec, tmp_path / "whole", world=2)
-    resumed = run({**spec, "resume": str(tmp_path / "whole" / "checkpoint-2")}, tmp_path / "resumed", world=2)
-    assert resumed.parameters.equal(whole.parameters)
-    assert resumed.logged() == whole.logged()
+    args = {"save_strategy": "steps", "save_steps": 1, "logging_steps": 4}
+    spec = {**SPEC, "component": "custom", "params": {"power": 3.0}, "args": args}
+    specs = {"whole": spec, "resumed": {**spec, "resume": str(tmp_path / "two" / "whole" / "checkpoint-2")}}
+    results = run_in_turn(specs, tmp_path / "two", world=2)
+    assert results["resumed"].parameters.equal(results["whole"].parameters)
+    assert results["resumed"].logged() == results["whole"].logged()

@@ -7,7 +7,7 @@ import datasets
 import numpy as np
 import pytest
 import torch
-from harness import HOSTS, make_trainer, run, train
+from harness import HOSTS, make_trainer, train
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from dataflex import ScoringSelector, Selector, SelectTrainer
@@ -346,14 +346,3 @@ def test_something_without_select_is_no_selector(tmp_path):
 
     with pytest.raises(ComponentError, match="Nothing is no selector"):
         with_selector(Nothing, tmp_path)
-
-
-@pytest.mark.slow
-@pytest.mark.distributed
-@pytest.mark.parametrize("name", ["random", "custom"])
-def test_two_ranks_train_on_the_same_rows(tmp_path, name):
-    one = run({**SPEC, "component": name, "batch": 4, "double": True}, tmp_path / "one")
-    two = run({**SPEC, "component": name, "batch": 2, "double": True}, tmp_path / "two", world=2)
-    for step, rows in selections(tmp_path / "one").items():
-        assert selections(tmp_path / "two")[step].tolist() == rows.tolist()
-    assert torch.allclose(one.parameters, two.parameters, rtol=1e-9, atol=1e-12)

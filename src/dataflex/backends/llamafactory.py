@@ -235,5 +235,15 @@ def _joined(modules: list[dict[str, Any]]) -> dict[str, Any]:
 
     parts = [part["train_dataset"].add_column(DOMAIN_COLUMN, [number] * len(part["train_dataset"])) for number, part in enumerate(modules)]
     evaluation = [part["eval_dataset"] for part in modules if part.get("eval_dataset") is not None]
-    joined = {**modules[0], "train_dataset": concatenate_datasets(parts)}
-    return {**joined, "eval_dataset": concatenate_datasets(evaluation)} if len(evaluation) > 1 else joined
+    joined = {**modules[0], "train_dataset": concatenate_datasets(_aligned(parts))}
+    return {**joined, "eval_dataset": concatenate_datasets(_aligned(evaluation))} if len(evaluation) > 1 else joined
+
+
+def _aligned(parts: list[Any]) -> list[Any]:
+    """Data sets whose lists of integers are equally wide: `datasets` makes `input_ids` int32 in a larger one and int64 in a smaller one."""
+    for name in parts[0].column_names:
+        kinds = {getattr(getattr(part.features[name], "feature", None), "dtype", ""): part.features[name] for part in parts}
+        if len(kinds) > 1 and all(kind.startswith("int") for kind in kinds):
+            widest = kinds[max(kinds, key=lambda kind: int(kind.removeprefix("int")))]
+            parts = [part if part.features[name] == widest else part.cast_column(name, widest) for part in parts]
+    return parts

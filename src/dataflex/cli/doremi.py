@@ -12,6 +12,7 @@ import typer
 
 from dataflex.cli.plan import check_run
 from dataflex.configs.yaml_files import load_yaml
+from dataflex.core.state import newest_complete_checkpoint
 from dataflex.errors import ConfigError, Problem, TrainingError
 
 STEPS = ("reference", "proxy", "final")
@@ -30,12 +31,13 @@ def doremi(config: str, overrides: list[str]) -> None:
     if content.get("component_name", "doremi") != "doremi":
         raise ConfigError(Problem(config, "component_name", f"must be doremi, not {content['component_name']}"))
     folder = Path(str(content.get("output_dir", "")))
+    if not _finished(folder, "proxy"):
+        _check_all(config, overrides, folder)
     for step in STEPS:
-        results = folder / step / "all_results.json"
-        if results.is_file():
+        if _finished(folder, step):
             typer.echo(f"{step}: finished before, in {folder / step}")
             continue
-        settings = [*overrides, f"output_dir={folder / step}", *_settings(step, folder)]
+        settings = [*overrides, f"output_dir={folder / step}", *_settings(step, folder), *_unfinished(folder / step)]
         check_run(config, settings)
         typer.echo(f"{step}: dataflex-cli train {config} {' '.join(settings)}")
         done = subprocess.run([sys.executable, "-m", "dataflex.cli", "train", config, *settings], check=False)
@@ -45,11 +47,33 @@ def doremi(config: str, overrides: list[str]) -> None:
     typer.echo("weights: " + ", ".join(f"{name} {weight:.4f}" for name, weight in weights.items()))
 
 
+def _finished(folder: Path, step: str) -> bool:
+    return (folder / step / "all_results.json").is_file()
+
+
+def _unfinished(folder: Path) -> list[str]:
+    """How to go on with a step that was interrupted."""
+    found, _ = newest_complete_checkpoint(folder)
+    return ["resume_from_checkpoint=true"] if found is not None else ["overwrite_output_dir=true"]
+
+
+def _check_all(config: str, overrides: list[str], folder: Path) -> None:
+    """Look for mistakes in the later steps before the first one trains; what it leaves behind is not there yet."""
+    here = [f"component_params.reference_model={Path(config).resolve().parent}", "component_name=doremi"]
+    equal = [*_FIXED, "mixture_sample_rule=mixture", "mixture_unit=token"]
+    for step, settings in (("reference", _FIXED), ("proxy", here), ("final", equal)):
+        check_run(config, [*overrides, f"output_dir={folder / step}", *settings, "overwrite_output_dir=true"])
+
+
+_FIXED = ["static_mix=true", "component_name=null", "component_params={}"]
+
+
 def _settings(step: str, folder: Path) -> list[str]:
     if step == "proxy":
         return ["component_name=doremi", f"component_params.reference_model={folder / 'reference'}"]
-    fixed = ["static_mix=true", "component_name=null", "component_params={}"]
-    return fixed if step == "reference" else [*fixed, f"init_mixture_proportions={list(_weights(folder).values())}"]
+    if step == "reference":
+        return _FIXED
+    return [*_FIXED, "mixture_sample_rule=mixture", "mixture_unit=token", f"init_mixture_proportions={list(_weights(folder).values())}"]
 
 
 def _weights(folder: Path) -> dict[str, Any]:

@@ -74,7 +74,7 @@ def tsds(
     alpha: Annotated[float, typer.Option(help="Weight of closeness against diversity.", min=0, max=1)] = 0.5,
     c: Annotated[float, typer.Option("--C", help="Scale of distances.", min=1e-9)] = 5.0,
     sigma: Annotated[float, typer.Option(help="Rows closer than this count as near-duplicates; 0: none do.", min=0)] = 0.75,
-    max_neighbours: Annotated[int, typer.Option(help="Candidates a query may give mass to, at most a tenth of all.", min=1)] = 5000,
+    max_neighbours: Annotated[int, typer.Option(help="Candidates a query may give mass to, at most a tenth of all, or 100.", min=1)] = 5000,
     pooling: Pooling = "weighted_mean",
     embedder: Embedder = None,
     embeddings_file: Features = None,

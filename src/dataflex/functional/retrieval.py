@@ -15,9 +15,13 @@ from dataflex.functional.ranking import round_robin, top_n
 
 Aggregation = Literal["round_robin", "max"]
 
+_MAX_NEIGHBOURS = 20_000_000  # of all queries together; beyond it turns hardly matter, and memory does
+
 
 def near_order(features: np.ndarray, queries: np.ndarray, number: int, taken: np.ndarray | None = None) -> np.ndarray:
     """The next `number` candidates, or fewer if no more are left: every query's nearest, then every query's second nearest, and so on.
+
+    Of a large pool, candidates that are among no query's nearest come last, by their highest similarity to a query.
 
     Args:
         features: unit embeddings (n, D); rows with NaN are never taken.
@@ -27,12 +31,24 @@ def near_order(features: np.ndarray, queries: np.ndarray, number: int, taken: np
     usable = np.flatnonzero(np.isfinite(features).all(1))
     taken = np.zeros(len(features), dtype=bool) if taken is None else taken
     depth = max(1000, -(-2 * (number + int(taken.sum())) // len(queries)))
+    deepest = max(1000, _MAX_NEIGHBOURS // len(queries))
     while True:
+        depth = min(depth, deepest)
         ids, _ = nearest(queries, features[usable], min(depth, len(usable)))
         order = round_robin(np.where(ids >= 0, usable[ids], -1), number, taken)
         if len(order) == number or depth >= len(usable):
             return order
+        if depth == deepest:
+            return np.concatenate([order, _others(features, queries, number - len(order), taken, order)])
         depth *= 4
+
+
+def _others(features: np.ndarray, queries: np.ndarray, number: int, taken: np.ndarray, order: np.ndarray) -> np.ndarray:
+    """Candidates that are near no query, by their highest similarity to one."""
+    similarity = highest_similarity(features, queries).astype(np.float64)
+    similarity[taken] = np.nan
+    similarity[order] = np.nan
+    return top_n(similarity, number)
 
 
 def rds_order(features: np.ndarray, tasks: Sequence[np.ndarray], number: int, aggregation: Aggregation = "round_robin") -> np.ndarray:

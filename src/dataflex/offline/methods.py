@@ -12,7 +12,7 @@ from dataflex.errors import ConfigError, Problem
 from dataflex.functional.retrieval import Aggregation, near_order, rds_order
 from dataflex.functional.transport import task_probabilities
 from dataflex.signals.answers import ifd_scores
-from dataflex.train.selector.embedded import read_embeddings, unit
+from dataflex.train.selector.embedded import read_embeddings, same_width, unit
 from dataflex.train.selector.targets import tasks
 from dataflex.utils.logging import logger
 
@@ -49,7 +49,7 @@ def tsds(trainer: Any, source: Embeddings, alpha: float, C: float, sigma: float,
     features, queries = embedded(trainer, source)
     found = task_probabilities(features, np.concatenate(queries), alpha=alpha, C=C, sigma=sigma, max_neighbours=max_neighbours)
     if not found.exact:
-        logger.warning("alpha and C are outside the range in which the solution of tsds is optimal; a larger C or alpha is inside")
+        logger.warning("alpha and C are outside the range in which the solution of tsds is optimal; a smaller C or a larger alpha is inside")
     return found.probabilities
 
 
@@ -64,11 +64,15 @@ def embedded(trainer: Any, source: Embeddings) -> tuple[np.ndarray, list[np.ndar
     if source.embeddings_file is not None and source.query_embeddings_file is not None:
         features = unit(read_embeddings(source.embeddings_file, "--embeddings-file", len(rows)))
         queries = [unit(read_embeddings(source.query_embeddings_file, "--query-embeddings-file"))]
+        same_width(features, queries[0])
     else:
         embed = _embedder(trainer, source)
         features = embed(data, rows)
         queries = [embed(task.dataset, task.rows) for task in tasks(trainer.eval_dataset)]
-    return features, [found[np.isfinite(found).all(1)] for found in queries]
+    queries = [found[np.isfinite(found).all(1)] for found in queries]
+    if not all(map(len, queries)):
+        raise ConfigError(Problem("", "eval_dataset", "has no row with a target token, so there is nothing to compare with"))
+    return features, queries
 
 
 def _embedder(trainer: Any, source: Embeddings) -> Callable[[Any, np.ndarray], np.ndarray]:

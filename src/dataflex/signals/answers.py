@@ -41,9 +41,7 @@ def ifd_scores(signals: Any, dataset: Any, rows: np.ndarray, min_tokens: int) ->
 
     NaN where it is 1 or more, or the answer has fewer than `min_tokens` tokens.
     """
-    tokenizer = signals.trainer.processing_class
-    start = next((token for name in ("bos_token_id", "eos_token_id") if (token := getattr(tokenizer, name, None)) is not None), 0)
-    alone = AnswersAlone(dataset, start, signals.fingerprint(dataset))
+    alone = signals.answers_alone(dataset)
     with np.errstate(invalid="ignore", divide="ignore"):
         ratio = signals.losses(dataset, rows) / signals.losses(alone, rows)
     lengths = signals.lengths(alone)[rows] - 1

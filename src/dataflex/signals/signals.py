@@ -18,11 +18,12 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from dataflex.errors import TrainingError
+from dataflex.signals.answers import AnswersAlone
 from dataflex.signals.batches import length_buckets, row_lengths
 from dataflex.signals.gradients import Preconditioner, mean_gradient, per_sample_products, scored_parameters, sketch
 from dataflex.signals.store import PartStore, array_digest, content_key, model_digest, tensors_digest
-from dataflex.train.data.fingerprint import dataset_fingerprint
-from dataflex.train.data.sample_meta import ROW_FIELDS, BatchMeta, build_meta
+from dataflex.train.data.fingerprint import dataset_fingerprint, has_content
+from dataflex.train.data.sample_meta import DOMAIN_COLUMN, ROW_FIELDS, BatchMeta, build_meta
 from dataflex.train.trainer import hosts
 from dataflex.train.trainer.features import captured_hidden_states, pooled_features
 from dataflex.train.trainer.token_losses import losses_from_logits
@@ -42,8 +43,7 @@ class Signals:
         """
         self.trainer, self.cache_dir = trainer, cache_dir
         self.token_budget = int(trainer.dataflex.scoring_tokens)
-        self._lengths: dict[int, np.ndarray] = {}
-        self._fingerprints: dict[int, str] = {}
+        self._known: dict[tuple[str, int], tuple[Any, Any]] = {}  # the data set too, or another one could get its id
         self._model_digest: tuple[int, str] | None = None
 
     @property
@@ -78,7 +78,7 @@ class Signals:
             return torch.nn.functional.normalize(features, dim=1, eps=1e-12)
 
         width = int(base.config.get_text_config().hidden_size)
-        return self._rows("embeddings", dataset, rows, width, compute, pooling=pooling).astype(np.float32)
+        return self._rows("embeddings", dataset, rows, width, compute, dtype=np.float32, pooling=pooling)
 
     def gradient_products(
         self, dataset: Any, rows: np.ndarray, targets: list[dict[str, torch.Tensor]], preconditioner: Preconditioner, include_embeddings: bool
@@ -118,7 +118,7 @@ class Signals:
             "dim": dim,
             "embeddings": include_embeddings,
         }
-        return self._rows("sketches", dataset, rows, dim, compute, no_grad=False, **key).astype(np.float32)
+        return self._rows("sketches", dataset, rows, dim, compute, no_grad=False, dtype=np.float32, **key)
 
     def mean_gradient(self, dataset: Any, rows: np.ndarray, *, unit: bool, include_embeddings: bool) -> dict[str, torch.Tensor]:
         """Mean over the rows of their gradient, each divided by its norm with `unit`; by parameter name, fp32.
@@ -135,16 +135,24 @@ class Signals:
 
     def lengths(self, dataset: Any) -> np.ndarray:
         """Tokens of every row of a data set."""
-        if id(dataset) not in self._lengths:
-            self._lengths[id(dataset)] = row_lengths(dataset)
-        return self._lengths[id(dataset)]
+        return self._of("lengths", dataset, row_lengths)
 
     def fingerprint(self, dataset: Any) -> str:
         """What tells a data set from others."""
-        if id(dataset) not in self._fingerprints:
-            own = getattr(dataset, "fingerprint", None)
-            self._fingerprints[id(dataset)] = own if isinstance(own, str) else dataset_fingerprint(dataset)
-        return self._fingerprints[id(dataset)]
+        own = getattr(dataset, "fingerprint", None)
+        return own if isinstance(own, str) else self._of("fingerprint", dataset, dataset_fingerprint)
+
+    def answers_alone(self, dataset: Any) -> AnswersAlone:
+        """The rows of a data set without what precedes their answers."""
+        tokenizer = self.trainer.processing_class
+        start = next((token for name in ("bos_token_id", "eos_token_id") if (token := getattr(tokenizer, name, None)) is not None), 0)
+        return self._of("answers alone", dataset, lambda rows: AnswersAlone(rows, start, self.fingerprint(rows)))
+
+    def _of(self, what: str, dataset: Any, compute: Callable[[Any], Any]) -> Any:
+        """Something about a data set, computed once."""
+        if (what, id(dataset)) not in self._known:
+            self._known[what, id(dataset)] = (dataset, compute(dataset))
+        return self._known[what, id(dataset)][1]
 
     def model_digest(self) -> str:
         """What tells the model's weights from others, taken once per optimizer step."""
@@ -154,16 +162,27 @@ class Signals:
         return self._model_digest[1]
 
     def _rows(
-        self, signal: str, dataset: Any, rows: np.ndarray, width: int, compute: Compute, *, no_grad: bool = True, **parameters: Any
+        self,
+        signal: str,
+        dataset: Any,
+        rows: np.ndarray,
+        width: int,
+        compute: Compute,
+        *,
+        no_grad: bool = True,
+        dtype: Any = np.float64,
+        **parameters: Any,
     ) -> np.ndarray:
-        """`compute` of every row, (n, width) in fp64: from the cache, or batch by batch on all ranks."""
+        """`compute` of every row, (n, width): from the cache, or batch by batch on all ranks."""
         rank, world = self.trainer.accelerator.process_index, self.trainer.accelerator.num_processes
-        key = "" if self.cache_dir is None else self._key(signal, dataset, rows, parameters)
-        store = PartStore(self.cache_dir, signal, key, rank, world)
+        # Rows that are not read for the fingerprint could be other ones in the next run.
+        cache_dir = self.cache_dir if isinstance(dataset, AnswersAlone) or has_content(dataset) else None
+        key = "" if cache_dir is None else self._key(signal, dataset, rows, parameters)
+        store = PartStore(cache_dir, signal, key, rank, world)
         whole = store.whole()
         if int(gather_rows(torch.tensor([whole is not None])).sum()) == world and whole is not None:
             return whole
-        values = np.full((len(rows), width), np.nan)
+        values = np.full((len(rows), width), np.nan, dtype=dtype)
         here = np.zeros(len(rows), dtype=bool)
         for positions, part in store.parts():
             values[positions], here[positions] = part, True
@@ -176,7 +195,7 @@ class Signals:
         with progress, self._scoring(no_grad):
             for batch in own:
                 result = compute(*self._batch(dataset, rows[batch]))
-                part = result.detach().to("cpu", torch.float64).numpy()
+                part = result.detach().cpu().double().numpy().astype(dtype)
                 values[batch], here[batch] = part, True
                 store.add(batch, part)
                 progress.update(len(batch))
@@ -264,7 +283,7 @@ def _merged(values: np.ndarray, positions: np.ndarray) -> np.ndarray:
 def _accepted(rows: list[Any], trainer: Any) -> list[Any]:
     """Rows without the columns that the host's loaders would drop (names, domains, texts)."""
     if not trainer.args.remove_unused_columns:
-        return rows
+        return [{name: value for name, value in row.items() if name != DOMAIN_COLUMN} for row in rows]
     trainer._set_signature_columns_if_needed()
     names = [*(trainer._signature_columns or []), *trainer.label_names, "seq_lengths"]
     return [{name: row[name] for name in row if name in names} for row in rows]

@@ -41,7 +41,7 @@ def model_digest(model: nn.Module) -> str:
         if tensor.requires_grad:
             digest.update(_bits(flat))
         else:
-            digest.update(_bits(flat[:: max(1, flat.numel() // 1024)]) + repr(float(flat.double().sum())).encode())
+            digest.update(_bits(flat[:: max(1, flat.numel() // 1024)]) + repr(float(flat.sum(dtype=torch.float64))).encode())
     return digest.hexdigest()[:32]
 
 
@@ -91,6 +91,7 @@ class PartStore:
 
     def flush(self) -> None:
         if self.folder is not None and self._pending:
+            # Positions are exact in fp64, so a part is one array.
             block = np.concatenate([np.concatenate([positions[:, None].astype(np.float64), values], 1) for positions, values in self._pending])
             write_array_atomically(self.folder / f"part-{self.rank}-{time.time_ns()}.npy", block)
         self._pending, self._flushed = [], time.monotonic()

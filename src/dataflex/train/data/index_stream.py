@@ -104,6 +104,10 @@ class PlanStream:
     def advance(self) -> None:
         self.row += self.micro_batch_size
 
+    def cut(self, multiple: int) -> None:
+        """Leave out what remains of the plan beyond a multiple of so many rows."""
+        self.plan = self.plan[: self.row + (len(self.plan) - self.row) // multiple * multiple]
+
     def state_dict(self) -> dict[str, Any]:
         return {"number": self.number, "row": self.row, "plan": torch.from_numpy(self.plan.copy())}
 

@@ -118,6 +118,10 @@ class MixtureManager:
         """Each domain's share (k,) of the samples, whatever the unit of `proportions`."""
         return proportions(self.proportions / self._mean_tokens, self.k)
 
+    def from_samples(self, shares: ArrayLike) -> np.ndarray:
+        """Shares (k,) of the samples as proportions in the manager's unit."""
+        return proportions(np.asarray(shares) * self._mean_tokens, self.k)
+
     def set_proportions(self, values: ArrayLike) -> None:
         """Mix by `values` (k,), scaled to sum to 1, from the next plan on. Without effect unless the rule is `mixture`.
 

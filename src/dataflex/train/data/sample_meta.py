@@ -156,6 +156,15 @@ def _documents(rows: Sequence[Mapping[str, Any]], shape: tuple[int, ...]) -> tup
     return documents, torch.tensor(sources, dtype=torch.int64)
 
 
+def column_values(dataset: Any, name: str) -> np.ndarray:
+    """A column of numbers (N,), without a Python object for each."""
+    if not hasattr(dataset, "with_format"):
+        return np.asarray(dataset[name])
+    # Not the format "numpy": that of LLaMA-Factory's `datasets` fails beside a current torchvision.
+    blocks = [batch.column(name).to_numpy() for batch in dataset.select_columns([name]).with_format("arrow").iter(batch_size=100_000)]
+    return np.concatenate(blocks) if blocks else np.zeros(0, dtype=np.int64)
+
+
 def _without_domain(row: Any) -> Any:
     """Collators that keep every column would hand the domain to the model."""
     return {name: value for name, value in row.items() if name != DOMAIN_COLUMN} if isinstance(row, dict) and DOMAIN_COLUMN in row else row

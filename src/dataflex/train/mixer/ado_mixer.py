@@ -42,7 +42,7 @@ class AdoMixer(Mixer):
         """
         Args:
             start_step: optimizer steps whose losses are left out of the fits; until then the mixture stays as it is.
-            refit_step: optimizer steps from one fit to the next.
+            refit_step: optimizer steps from one fit to the next, at most; early ones come when the number of points has doubled.
             prior: the natural mixture: by `size` of the domains, or the `initial` proportions.
             decay: of the moving average of the domains' shares.
             inertia: weight of earlier preferences in the mixture.
@@ -51,27 +51,31 @@ class AdoMixer(Mixer):
         """
         super().__init__(mixture_manager, **kwargs)
         self.start_step, self.refit_step, self.decay, self.inertia = start_step, refit_step, decay, inertia
-        self.min_share, self.min_log_eps = min_share, min_log_eps
+        self.min_share, self.min_log_eps, self.natural = min_share, min_log_eps, prior
         self.samples = 0.0
         self.steps = 0
+        self.stride = 1  # steps from one point to the next
         self.fitted_at: int | None = None
-        self.laws: list[ScalingLaw | None] = []
-        self.points = np.zeros((0, 0))
-        self.prior = np.zeros(0)
+        self.fitted_points = 0
         if mixture_manager is not None:
-            self.laws = [None] * mixture_manager.k
-            self.points = np.zeros((0, 1 + mixture_manager.k))  # samples so far, and each domain's loss then
-            self.prior = proportions(mixture_manager.sizes if prior == "size" else mixture_manager.initial_proportions, mixture_manager.k)
+            self.prepare()
+
+    def prepare(self) -> None:
+        manager = self.mixture_manager
+        self.laws: list[ScalingLaw | None] = [None] * manager.k
+        self.points = np.zeros((0, 1 + manager.k))  # samples so far, and each domain's loss then
+        self.prior = manager.from_samples(manager.sizes) if self.natural == "size" else proportions(manager.initial_proportions, manager.k)
         self.state = AdoState.start(self.prior)
 
     def mix(self, model: Any, step_id: int, **kwargs: Any) -> np.ndarray:
         losses: DomainLosses = kwargs["losses"]
         self._remember(losses)
-        if self.fitted_at is None or step_id - self.fitted_at >= self.refit_step:
+        # Early laws rest on few points, so fits come at doubling numbers of points until `refit_step` is the shorter interval.
+        if self.fitted_at is None or step_id - self.fitted_at >= self.refit_step or len(self.points) >= 2 * self.fitted_points:
             self._fit(step_id)
         if not any(self.laws):
             return self.mixture_manager.proportions
-        drawn = losses.samples.sum(0)
+        drawn = (losses.tokens if self.mixture_manager.mixture_unit == "token" else losses.samples).sum(0)
         share = drawn / drawn.sum() if drawn.sum() else self.state.recent
         settings = {"decay": self.decay, "inertia": self.inertia, "min_share": self.min_share}
         self.state = ado_step(self.state, self.laws, self.samples, share, self.prior, **settings)
@@ -85,17 +89,17 @@ class AdoMixer(Mixer):
             self.samples += float(samples.sum())
             self.steps += 1
             last = np.where(tokens > 0, sums / np.maximum(tokens, 1), last)
-            if self.steps > self.start_step:
+            if self.steps > self.start_step and self.steps % self.stride == 0:
                 new.append([self.samples, *last])
         if new:
             self.points = np.concatenate([self.points, np.array(new)])
         if len(self.points) > _MAX_POINTS:
-            self.points = self.points[::2]
+            self.points, self.stride, self.fitted_points = self.points[1::2], 2 * self.stride, self.fitted_points // 2
 
     def _fit(self, step_id: int) -> None:
         if len(self.points) < 4:
             return
-        self.fitted_at = step_id
+        self.fitted_at, self.fitted_points = step_id, len(self.points)
         for domain in range(self.mixture_manager.k):
             fit = fit_scaling_law(self.points[:, 0], self.points[:, 1 + domain], min_log_eps=self.min_log_eps)
             self.laws[domain] = fit or self.laws[domain]  # a fit that fails leaves the last one
@@ -104,14 +108,17 @@ class AdoMixer(Mixer):
         return {
             "samples": self.samples,
             "steps": self.steps,
+            "stride": self.stride,
             "fitted_at": self.fitted_at,
+            "fitted_points": self.fitted_points,
             "laws": [None if law is None else [law.log_beta, law.log_eps, law.a] for law in self.laws],
             "ado": [self.state.step, self.state.recent.tolist(), self.state.average.tolist(), self.state.policy.tolist()],
             "points": torch.from_numpy(self.points.copy()),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.samples, self.steps, self.fitted_at = state["samples"], state["steps"], state["fitted_at"]
+        self.samples, self.steps, self.stride = state["samples"], state["steps"], state["stride"]
+        self.fitted_at, self.fitted_points = state["fitted_at"], state["fitted_points"]
         self.laws = [None if law is None else ScalingLaw(*law) for law in state["laws"]]
         step, *shares = state["ado"]
         self.state = AdoState(step, *map(np.array, shares))

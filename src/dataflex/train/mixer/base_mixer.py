@@ -67,6 +67,9 @@ class Mixer(ABC):
             kwargs: `ctx` (the trainer), `losses` (`DomainLosses`), `current_update_times` (from 1), `update_times`, `data_collator`, `dataset`.
         """
 
+    def prepare(self) -> None:
+        """Called when a ready-made mixer has been given the run's `mixture_manager`: size what depends on the domains."""
+
     def begin(self, ctx: Any) -> None:
         """Called once before the first step of a run, on all ranks."""
 

@@ -49,13 +49,17 @@ class DoremiMixer(Mixer):
         """
         super().__init__(mixture_manager, **kwargs)
         self.reference_model, self.eta, self.smoothing = reference_model, eta, smoothing
-        k = mixture_manager.k if mixture_manager is not None else 1
-        self.log_alpha = torch.full((k,), 1 / k, dtype=torch.float64).log()
-        self.excess = torch.zeros(k, dtype=torch.float64)
-        self.total_alpha = torch.zeros(k, dtype=torch.float64)
         self.steps = 0
         self._step: torch.Tensor | None = None  # clipped excess losses and tokens of the step under way (2, k)
         self._reference: Any = None
+        if mixture_manager is not None:
+            self.prepare()
+
+    def prepare(self) -> None:
+        k = self.mixture_manager.k
+        self.log_alpha = torch.full((k,), 1 / k, dtype=torch.float64).log()
+        self.excess = torch.zeros(k, dtype=torch.float64)
+        self.total_alpha = torch.zeros(k, dtype=torch.float64)
 
     @classmethod
     def costs(cls, params: Mapping[str, Any]) -> list[str]:
@@ -87,7 +91,8 @@ class DoremiMixer(Mixer):
             self._reference = _load(self.reference_model, ctx)
         with ctx.accelerator.autocast():
             head = self._reference.get_output_embeddings() if ctx.dataflex.project_targets_only else None
-            return losses_from_logits(self._reference, inputs, ctx.step.meta, head=head).of_targets()
+            smoothing = ctx.args.label_smoothing_factor  # as the losses it is compared with
+            return losses_from_logits(self._reference, inputs, ctx.step.meta, head=head, smoothing=smoothing).of_targets()
 
     def end_step(self, ctx: Any) -> None:
         assert self._step is not None
@@ -104,9 +109,8 @@ class DoremiMixer(Mixer):
         names = self.mixture_manager.names
         write_json_atomically(folder / "doremi_weights.json", {"names": names, "average_weights": weights, "steps": self.steps})
         text = ", ".join(f"{weight:.6f}" for weight in weights)
-        write_text_atomically(
-            folder / "doremi_proportions.yaml", f"# {', '.join(names)}: mean over {self.steps} steps\ninit_mixture_proportions: [{text}]\n"
-        )
+        lines = [f"# {', '.join(names)}: mean over {self.steps} steps", "mixture_unit: token", f"init_mixture_proportions: [{text}]"]
+        write_text_atomically(folder / "doremi_proportions.yaml", "\n".join(lines) + "\n")
 
     def state_dict(self) -> dict[str, Any]:
         return {"steps": self.steps, "log_alpha": self.log_alpha, "excess": self.excess, "total_alpha": self.total_alpha}
@@ -120,6 +124,7 @@ def _load(folder: Path, ctx: Any) -> Any:
     """The reference model beside the one being trained, with the type of its weights."""
     from transformers import AutoModelForCausalLM
 
-    dtype = next(ctx.model.parameters()).dtype
-    model = AutoModelForCausalLM.from_pretrained(str(folder), dtype=dtype).to(ctx.args.device).eval()
+    dtype = next((p.dtype for p in ctx.model.parameters() if p.is_floating_point()), None)
+    attention = getattr(ctx.model.config, "_attn_implementation", None)
+    model = AutoModelForCausalLM.from_pretrained(str(folder), dtype=dtype, attn_implementation=attention).to(ctx.args.device).eval()
     return model.requires_grad_(False)

@@ -42,7 +42,8 @@ class StaticMixer(Mixer):
             return
         budget = ctx.schedule.total_steps * ctx.samples_per_step
         settings = {"temperature": self.temperature, "budget": budget, "max_epochs": self.max_epochs}
-        self.mixture_manager.set_proportions(static_proportions(self.mixture_manager.sizes, self.rule, **settings))
+        shares = static_proportions(self.mixture_manager.sizes, self.rule, **settings)
+        self.mixture_manager.set_proportions(shares if self.rule == "uniform" else self.mixture_manager.from_samples(shares))
 
     def mix(self, model: Any, step_id: int, **kwargs: Any) -> np.ndarray:
         return self.mixture_manager.proportions

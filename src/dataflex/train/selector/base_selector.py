@@ -19,6 +19,7 @@ from pydantic import FilePath
 from dataflex.errors import ComponentError
 from dataflex.functional.diversity import diverse
 from dataflex.functional.ranking import top_n
+from dataflex.utils.distributed import broadcast_array
 from dataflex.utils.seeding import derive_seed
 
 
@@ -82,6 +83,15 @@ class Selector(ABC):
         if candidate_pool is not None:
             self.set_candidate_pool(read_pool(candidate_pool))
 
+    def prepare(self) -> None:
+        """Called when a ready-made selector has been given the run's data: look at what depends on it.
+
+        Raises:
+            ComponentError: something does not fit the data.
+        """
+        if self._candidate_pool is not None:
+            self.set_candidate_pool(self._candidate_pool)
+
     @abstractmethod
     def select(self, model: Any, step_id: int, num_samples: int, **kwargs: Any) -> list[int]:
         """The rows to train on next, best first, without repetition; `num_samples` of them, or fewer if there are no more.
@@ -111,6 +121,8 @@ class Selector(ABC):
             self._candidate_pool = None
             return
         chosen = np.asarray(rows)
+        if chosen.dtype == bool and self.dataset is not None and len(chosen) != len(self.dataset):
+            raise ComponentError(f"the candidate pool says yes or no to {len(chosen)} rows, and the data set has {len(self.dataset)}")
         chosen = np.flatnonzero(chosen) if chosen.dtype == bool else np.unique(chosen.astype(np.int64))
         total = len(self.dataset) if self.dataset is not None else np.inf
         if not len(chosen) or chosen[0] < 0 or chosen[-1] >= total:
@@ -183,12 +195,12 @@ class ScoringSelector(Selector):
         """Rows of the best scores, with the diversity filter if it is on."""
         if self.diversity is None:
             return pool[top_n(scores, num_samples)]
-        order = pool[top_n(scores, len(scores))]
+        order = broadcast_array(pool[top_n(scores, len(scores))])  # ranks must agree on what they embed
         # Embeddings are computed for as many of the best rows as it takes, not for all.
         size = min(len(order), 2 * num_samples)
         while True:
             features = ctx.signals.embeddings(ctx.train_dataset, order[:size])
-            kept = diverse(np.flatnonzero(np.isfinite(features).all(1)), features, num_samples, threshold=self.diversity)
+            kept = broadcast_array(diverse(np.arange(size), features, num_samples, threshold=self.diversity))
             if len(kept) == num_samples or size == len(order):
                 return order[kept]
             size = min(len(order), 2 * size)

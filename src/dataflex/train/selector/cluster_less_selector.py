@@ -22,6 +22,7 @@ from dataflex.functional.clustering import cluster, draw_representatives
 from dataflex.train.selector.base_selector import Passes
 from dataflex.train.selector.less_selector import LessSelector
 from dataflex.train.selector.targets import tasks
+from dataflex.utils.distributed import broadcast_array
 
 
 @register_selector("cluster_less")
@@ -67,9 +68,9 @@ class ClusterLessSelector(LessSelector):
         labels = np.full(len(rows), -1)
         labels[usable] = cluster(features[usable], -(-int(usable.sum()) // self.cluster_size), (self.seed, "clusters"))
         # Rows that cannot be embedded have no target either: a cluster of their own, whose representatives get no finite score.
-        self.labels = np.where(usable, labels, labels.max() + 1)
+        self.labels = broadcast_array(np.where(usable, labels, labels.max() + 1))  # ranks must agree on what they score
         queries = np.concatenate([ctx.signals.embeddings(task.dataset, task.rows) for task in tasks(self.eval_dataset)])
-        self.similarity = features @ queries[np.isfinite(queries).all(1)].mean(0)
+        self.similarity = broadcast_array(features @ queries[np.isfinite(queries).all(1)].mean(0))
 
     def state_dict(self) -> dict[str, Any]:
         own = {} if self.labels is None else {"labels": torch.from_numpy(self.labels), "similarity": torch.from_numpy(self.similarity)}

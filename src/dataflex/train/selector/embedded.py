@@ -35,6 +35,16 @@ def read_embeddings(path: Path, name: str, num_rows: int | None = None) -> np.nd
     return features
 
 
+def same_width(features: np.ndarray, queries: np.ndarray) -> None:
+    """Refuse embeddings that cannot be compared.
+
+    Raises:
+        ComponentError: candidates and queries have different dimensions.
+    """
+    if features.shape[1] != queries.shape[1]:
+        raise ComponentError(f"candidates have {features.shape[1]} dimensions and queries {queries.shape[1]}: both must come from one model")
+
+
 def unit(features: np.ndarray) -> np.ndarray:
     """Rows scaled to length 1, fp32; NaN for a row without direction."""
     features = np.asarray(features, dtype=np.float32)
@@ -72,12 +82,24 @@ class EmbeddedSelector(Selector):
             missing = "embeddings_file" if embeddings_file is None else "query_embeddings_file"
             raise ComponentError(f"{missing} is missing: embeddings of candidates and queries are only comparable when they come from one model")
         self.pooling, self.file, self.query_embeddings_file = pooling, file, query_embeddings_file
-        rows = None if self.dataset is None else len(self.dataset)
-        self._features = None if embeddings_file is None else read_embeddings(embeddings_file, "embeddings_file", rows)
-        self.result = None if file is None or rows is None else self._load(file, rows)
+        self.embeddings_file = embeddings_file
+        self._features: np.ndarray | None = None
+        self._result: np.ndarray | None = None
+        if self.dataset is not None:
+            self.prepare()
 
-    def _load(self, file: Path, rows: int) -> np.ndarray:
-        return load_result(file, self.method, fingerprint=dataset_fingerprint(self.dataset), num_rows=rows)
+    def prepare(self) -> None:
+        super().prepare()
+        if self.embeddings_file is not None and self.query_embeddings_file is not None:
+            self._features = read_embeddings(self.embeddings_file, "embeddings_file", len(self.dataset))
+            same_width(self._features, read_embeddings(self.query_embeddings_file, "query_embeddings_file"))
+        if self.file is not None:
+            self._result = load_result(self.file, self.method, fingerprint=dataset_fingerprint(self.dataset), num_rows=len(self.dataset))
+
+    @property
+    def result(self) -> np.ndarray | None:
+        """What `dataflex-cli offline` found, or None without a `file`."""
+        return self._result
 
     @classmethod
     def uses_eval_dataset(cls, params: Mapping[str, Any]) -> bool:

@@ -10,7 +10,6 @@ When it fails: ratios of very short answers are noise (`min_tokens`); wrong answ
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
@@ -37,10 +36,14 @@ class IfdSelector(ScoringSelector):
         self.needs_model = file is None
         super().__init__(*args, **kwargs)
         self.min_tokens, self.file = min_tokens, file
-        self.result = None if file is None or self.dataset is None else self._load(file)
+        self.result: np.ndarray | None = None
+        if self.dataset is not None:
+            self.prepare()
 
-    def _load(self, file: Path) -> np.ndarray:
-        return load_result(file, "ifd", fingerprint=dataset_fingerprint(self.dataset), num_rows=len(self.dataset))
+    def prepare(self) -> None:
+        super().prepare()
+        if self.file is not None:
+            self.result = load_result(self.file, "ifd", fingerprint=dataset_fingerprint(self.dataset), num_rows=len(self.dataset))
 
     @classmethod
     def passes(cls, params: Mapping[str, Any]) -> Passes:

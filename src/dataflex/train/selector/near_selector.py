@@ -31,10 +31,8 @@ class NearSelector(EmbeddedSelector):
         pool, ctx = self.candidate_positions(), kwargs["ctx"]
         if self.taken is None:
             self.taken = np.zeros(len(ctx.train_dataset), dtype=bool)
-        if self.taken[pool].all():
-            self.taken[:] = False
         chosen = self._next(pool, num_samples, ctx)
-        if len(chosen) < num_samples and self.taken.any():  # the others were taken before, or cannot be taken at all
+        if len(chosen) < num_samples and self.taken.any():  # the others were taken before, or cannot be taken at all: start anew
             self.taken[:] = False
             self.taken[chosen] = True
             again = self._next(pool, num_samples - len(chosen), ctx)
@@ -49,8 +47,7 @@ class NearSelector(EmbeddedSelector):
             allowed = np.zeros(len(self.taken), dtype=bool)
             allowed[pool] = True
             return self.result[allowed[self.result] & ~self.taken[self.result]][:number]
-        (queries,) = [np.concatenate(self.queries(ctx))]
-        return pool[near_order(self.candidates(pool, ctx), queries, number, self.taken[pool])]
+        return pool[near_order(self.candidates(pool, ctx), np.concatenate(self.queries(ctx)), number, self.taken[pool])]
 
     def state_dict(self) -> dict[str, Any]:
         return {} if self.taken is None else {"taken": torch.from_numpy(self.taken)}

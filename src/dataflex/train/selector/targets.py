@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from dataflex.train.data.sample_meta import DOMAIN_COLUMN
+from dataflex.train.data.sample_meta import DOMAIN_COLUMN, column_values
 
 
 class Task(NamedTuple):
@@ -21,6 +21,6 @@ def tasks(eval_dataset: Any) -> list[Task]:
     if isinstance(eval_dataset, dict):
         return [Task(part, np.arange(len(part))) for part in eval_dataset.values()]
     if DOMAIN_COLUMN in (getattr(eval_dataset, "column_names", None) or []):
-        domains = np.asarray(eval_dataset[DOMAIN_COLUMN])
+        domains = column_values(eval_dataset, DOMAIN_COLUMN)
         return [Task(eval_dataset, np.flatnonzero(domains == domain)) for domain in np.unique(domains)]
     return [Task(eval_dataset, np.arange(len(eval_dataset)))]

@@ -42,7 +42,7 @@ class TsdsSelector(EmbeddedSelector):
             alpha: weight of closeness against diversity.
             C: scale of distances.
             sigma: rows closer than this count as near-duplicates; 0: none do.
-            max_neighbours: candidates that a query may give mass to, at most a tenth of all.
+            max_neighbours: candidates that a query may give mass to, at most a tenth of all, or 100.
             replacement: draw independently, as the authors do; `false`: every row at most once.
         """
         super().__init__(*args, **kwargs)
@@ -63,7 +63,7 @@ class TsdsSelector(EmbeddedSelector):
             )
             probabilities = found.probabilities
             if not found.exact:
-                logger.warning("tsds: alpha and C are outside the range in which its solution is optimal; a larger C or alpha is inside")
+                logger.warning("tsds: alpha and C are outside the range in which its solution is optimal; a smaller C or a larger alpha is inside")
         total = probabilities.sum()
         if not total > 0:
             return []

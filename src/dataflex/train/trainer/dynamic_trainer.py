@@ -29,7 +29,7 @@ from dataflex.core.state import load_state, newest_complete_checkpoint, save_sta
 from dataflex.errors import ComponentError, ConfigError, Problem, ResumeError, TrainingError
 from dataflex.train.data.fingerprint import dataset_fingerprint
 from dataflex.train.data.index_stream import IndexedRows, IndexStream, PlanStream, RankBatches
-from dataflex.train.data.sample_meta import DOMAIN_COLUMN, KeyedCollator, MetaCollator
+from dataflex.train.data.sample_meta import DOMAIN_COLUMN, KeyedCollator, MetaCollator, column_values
 from dataflex.train.trainer import hosts
 from dataflex.train.trainer.metrics import BoundaryMetrics, WeightMetrics
 from dataflex.utils.distributed import gather_rows
@@ -174,7 +174,7 @@ class DynamicTrainer(Trainer):
         columns = getattr(dataset, "column_names", None) or []
         if DOMAIN_COLUMN not in columns:
             return None
-        domains = np.asarray(dataset[DOMAIN_COLUMN])
+        domains = column_values(dataset, DOMAIN_COLUMN)
         limit = len(names) if names else np.inf
         if len(domains) and (not np.issubdtype(domains.dtype, np.integer) or domains.min() < 0 or domains.max() >= limit):
             upper = f" to {limit - 1}, one for each of domain_names" if names else ""
@@ -207,6 +207,7 @@ class DynamicTrainer(Trainer):
             self._restore(self._resume)
         else:
             self._rewind(0)
+            self._start_over()
         return self._pacing_loader(loader)
 
     @property
@@ -390,6 +391,10 @@ class DynamicTrainer(Trainer):
     def _rewind(self, step: int) -> None:
         """Drop what an earlier run left of `step` and later steps."""
         self.events.rewind(step)
+
+    def _start_over(self) -> None:
+        """Forget what an earlier `train` left in memory."""
+        self.metrics = self._make_metrics()
 
     def _refuse_changed(self, checkpoint: Path, before: dict[str, Any]) -> None:
         changed = [f"{name} was {before.get(name)!r}, now {value!r}" for name, value in self._settings.items() if before.get(name) != value]

@@ -56,4 +56,5 @@ def pooled_features(hidden: torch.Tensor, meta: BatchMeta, pooling: str = "weigh
     pool[owner, torch.arange(len(tokens))] = share
     pool = (pool / pool.sum(1, keepdim=True).clamp(min=1)).to(hidden.device, non_blocking=True)
     states = hidden.flatten(0, 1).index_select(0, tokens.to(hidden.device, non_blocking=True)).float()
-    return F.normalize(pool @ states, dim=1, eps=1e-12)
+    with torch.autocast(hidden.device.type, enabled=False):  # it would make the product bf16
+        return F.normalize(pool @ states, dim=1, eps=1e-12)

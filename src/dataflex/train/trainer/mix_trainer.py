@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader
 from dataflex.core.schedule import WITHOUT_END, Interval
 from dataflex.errors import ComponentError, ConfigError, Problem
 from dataflex.functional.mixing import proportions
-from dataflex.signals.batches import row_lengths
+from dataflex.signals.batches import target_counts
 from dataflex.train.data.mixture_manager import MixtureManager
 from dataflex.train.data.sample_meta import MetaCollator
 from dataflex.train.mixer.base_mixer import DomainLosses, Mixer
@@ -52,6 +52,12 @@ class MixTrainer(PlannedTrainer, LossTrainer):
             raise ComponentError(f"{type(self.component).__name__} is no mixer: derive it from dataflex.Mixer")
         self._reweights = getattr(type(self.component), "token_weights", Mixer.token_weights) is not Mixer.token_weights
         self._domain_weights: torch.Tensor | None = None
+        self._first_mixture = self.mixture_manager.state_dict()
+
+    def _start_over(self) -> None:
+        super()._start_over()
+        self.mixture_manager.load_state_dict(self._first_mixture)
+        self._history, self._current = [], None
 
     @cached_property
     def mixture_manager(self) -> MixtureManager:
@@ -72,10 +78,10 @@ class MixTrainer(PlannedTrainer, LossTrainer):
 
     @cached_property
     def mean_tokens(self) -> np.ndarray:
-        """Mean tokens of a row of each domain (k,)."""
+        """Mean target tokens of a row of each domain (k,): those that are trained on."""
         assert self.domains is not None
         k = len(self.domain_names)
-        return np.bincount(self.domains, row_lengths(self.train_dataset), minlength=k) / np.bincount(self.domains, minlength=k)
+        return np.bincount(self.domains, target_counts(self.train_dataset), minlength=k) / np.bincount(self.domains, minlength=k)
 
     @property
     def token_proportions(self) -> np.ndarray:
@@ -89,6 +95,8 @@ class MixTrainer(PlannedTrainer, LossTrainer):
         for name, value in self._runtime().items():
             if getattr(component, name, value) is None:
                 setattr(component, name, value)
+        if hasattr(component, "prepare"):
+            component.prepare()
         return super()._adopt(component)
 
     def _make_metrics(self) -> DomainMetrics:
@@ -108,8 +116,9 @@ class MixTrainer(PlannedTrainer, LossTrainer):
         if step == 0 and hasattr(self.component, "begin"):
             self.component.begin(self)
         if not interval.is_warmup and not self.dataflex.static_mix:
-            decided = np.asarray(self._mix(interval), dtype=np.float64)
-            self.mixture_manager.set_proportions(broadcast_array(decided))
+            decided = self._mix(interval)
+            own = np.asarray(decided, dtype=np.float64) if self.accelerator.is_main_process else np.zeros(0)
+            self.mixture_manager.set_proportions(broadcast_array(own))
         return self.mixture_manager.plan(number)
 
     def _mix(self, interval: Interval) -> Any:

@@ -6,6 +6,7 @@ import time
 from abc import abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
@@ -13,11 +14,11 @@ import torch
 from torch.utils.data import DataLoader, Sampler
 
 from dataflex.core.schedule import Interval, Schedule, stage_length, total_steps
+from dataflex.errors import ResumeError
 from dataflex.train.data.index_stream import PlanStream
 from dataflex.train.data.sample_meta import KeyedCollator
 from dataflex.train.trainer.dynamic_trainer import DynamicTrainer
 from dataflex.train.trainer.metrics import BoundaryMetrics
-from dataflex.utils.distributed import broadcast_array
 from dataflex.utils.seeding import isolated_rng
 
 
@@ -56,6 +57,18 @@ class PlannedTrainer(DynamicTrainer):
     def _make_stream(self, loader: DataLoader[Any]) -> PlanStream:
         return PlanStream(self.micro_batch_size)
 
+    def _restore(self, checkpoint: Path) -> None:
+        super()._restore(checkpoint)
+        self._stream.cut(self.samples_per_step)  # with allow_changed_resume a step may hold another number of rows than before
+
+    def _refuse_changed(self, checkpoint: Path, before: dict[str, Any]) -> None:
+        changed = [name for name in ("dataset rows", "dataset content") if before.get(name) != self._settings[name]]
+        if changed and self.dataflex.allow_changed_resume:
+            raise ResumeError(
+                f"{checkpoint} holds a plan of rows of another data set ({', '.join(changed)} changed); it cannot be resumed with this one"
+            )
+        super()._refuse_changed(checkpoint, before)
+
     def _make_collator(self, loader: DataLoader[Any]) -> KeyedCollator:
         return KeyedCollator(loader.collate_fn, self.args.seed)
 
@@ -90,7 +103,7 @@ class PlannedTrainer(DynamicTrainer):
         interval = self.schedule.interval_at(step)
         number = (interval.start + interval.steps - step) * self.samples_per_step
         with isolated_rng(self.args.seed, "decision", step), self._undisturbed():
-            rows = broadcast_array(self._next_rows(interval, number))
+            rows = self._next_rows(interval, number)
         before = self._stream.plan
         self._stream.set_plan(interval.number, rows)
         self._batches = None  # an iterator over the new plan
@@ -102,7 +115,7 @@ class PlannedTrainer(DynamicTrainer):
 
     @abstractmethod
     def _next_rows(self, interval: Interval, number: int) -> np.ndarray:
-        """The `number` rows of an interval, in the order of training. Called on all ranks; rank 0's answer counts."""
+        """The `number` rows of an interval, in the order of training: the same on all ranks."""
 
     @abstractmethod
     def _record(self, interval: Interval, rows: np.ndarray, before: np.ndarray, seconds: float) -> None:

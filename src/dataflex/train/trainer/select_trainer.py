@@ -16,6 +16,7 @@ from dataflex.signals.signals import Signals
 from dataflex.train.selector.base_selector import draw
 from dataflex.train.trainer.metrics import BoundaryMetrics
 from dataflex.train.trainer.planned_trainer import PlannedTrainer
+from dataflex.utils.distributed import broadcast_array
 from dataflex.utils.logging import logger
 from dataflex.utils.seeding import derive_seed
 
@@ -43,6 +44,8 @@ class SelectTrainer(PlannedTrainer):
         for name, value in self._runtime().items():
             if getattr(component, name, value) is None:
                 setattr(component, name, value)
+        if hasattr(component, "prepare"):
+            component.prepare()
         return super()._adopt(component)
 
     def _make_metrics(self) -> BoundaryMetrics:
@@ -73,7 +76,8 @@ class SelectTrainer(PlannedTrainer):
             chosen = warmup(number, replacement=False) if warmup else draw(pool, number, self.args.seed, "warm-up", step)
         else:
             chosen = self._select(interval, number)
-        rows = self._checked(chosen, pool)[:number]
+        own = self._checked(chosen, pool)[:number] if self.accelerator.is_main_process else np.zeros(0, dtype=np.int64)
+        rows = broadcast_array(own)
         if len(rows) < number and not self._said_repeated:
             self._said_repeated = True
             logger.warning(
