@@ -91,14 +91,6 @@ class MixTrainer(PlannedTrainer, LossTrainer):
     def _runtime(self) -> dict[str, Any]:
         return {**super()._runtime(), "mixture_manager": self.mixture_manager}
 
-    def _adopt(self, component: Any) -> tuple[Any, dict[str, Any]]:
-        for name, value in self._runtime().items():
-            if getattr(component, name, value) is None:
-                setattr(component, name, value)
-        if hasattr(component, "prepare"):
-            component.prepare()
-        return super()._adopt(component)
-
     def _make_metrics(self) -> DomainMetrics:
         return DomainMetrics(self.domain_names)
 

@@ -49,6 +49,14 @@ class PlannedTrainer(DynamicTrainer):
         self._started: float | None = None
         super().__init__(*args, **kwargs)
 
+    def _adopt(self, component: Any) -> tuple[Any, dict[str, Any]]:
+        for name, value in self._runtime().items():
+            if getattr(component, name, value) is None:
+                setattr(component, name, value)
+        if hasattr(component, "prepare"):
+            component.prepare()
+        return super()._adopt(component)
+
     @property
     def samples_per_step(self) -> int:
         """Rows of an optimizer step, over all ranks."""

@@ -40,14 +40,6 @@ class SelectTrainer(PlannedTrainer):
         self.selections = SelectionLog(str(self.args.output_dir), active=self.accelerator.is_main_process)
         self._said_repeated = False
 
-    def _adopt(self, component: Any) -> tuple[Any, dict[str, Any]]:
-        for name, value in self._runtime().items():
-            if getattr(component, name, value) is None:
-                setattr(component, name, value)
-        if hasattr(component, "prepare"):
-            component.prepare()
-        return super()._adopt(component)
-
     def _make_metrics(self) -> BoundaryMetrics:
         return BoundaryMetrics()
 
