@@ -69,17 +69,11 @@ def _checkpointing(keys: dict[str, Any], *, enabled: bool, names: Container[str]
 
 def train(run: RunFile, prepared: Checked) -> None:
     """Train, evaluate and write everything into `output_dir`."""
-    from transformers import set_seed
-
     from dataflex.backends.outputs import finish, record_run
 
     options = prepared.options
     args = training_arguments(prepared.trainer_keys, options, run)
-    tokenizer = load_tokenizer(options, run)
-    with run.locating():
-        train_data, eval_data = load_data(prepared, tokenizer, args.seed)
-        set_seed(args.seed)
-        trainer = make_trainer(run, options, args, tokenizer, train_data, eval_data)
+    trainer = _assembled(run, prepared, args)
     trainer.add_callback(record_run(run, seed=args.seed, overwrite=options.overwrite_output_dir))
     result = trainer.train(resume_from_checkpoint=_checkpoint(args, static=run.dataflex.train_type == "static"))
     finish(trainer, result, plot=options.plot_loss)
@@ -87,17 +81,21 @@ def train(run: RunFile, prepared: Checked) -> None:
 
 def scoring_trainer(run: RunFile, prepared: Checked, cache_dir: Path) -> Any:
     """A trainer that is asked for signals and does not train."""
+    args = training_arguments(prepared.trainer_keys, prepared.options, run)
+    args.output_dir = str(cache_dir)  # the Trainer makes that folder
+    run.dataflex = for_scoring(run.dataflex, cache_dir)
+    return _assembled(run, prepared, args)
+
+
+def _assembled(run: RunFile, prepared: Checked, args: SFTConfig) -> Any:
+    """The trainer with its data and model."""
     from transformers import set_seed
 
-    options = prepared.options
-    args = training_arguments(prepared.trainer_keys, options, run)
-    tokenizer = load_tokenizer(options, run)
+    tokenizer = load_tokenizer(prepared.options, run)
     with run.locating():
         train_data, eval_data = load_data(prepared, tokenizer, args.seed)
         set_seed(args.seed)
-        run.dataflex = for_scoring(run.dataflex, cache_dir)
-        args.output_dir = str(cache_dir)  # the Trainer makes that folder
-        return make_trainer(run, options, args, tokenizer, train_data, eval_data)
+        return make_trainer(run, prepared.options, args, tokenizer, train_data, eval_data)
 
 
 def make_trainer(run: RunFile, options: TrlOptions, args: SFTConfig, tokenizer: Any, train_data: Encoded, eval_data: Any) -> Any:
