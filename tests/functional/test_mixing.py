@@ -302,17 +302,28 @@ def test_ado_keeps_domains_without_a_law_at_their_prior_and_every_domain_above_t
 
 
 def test_ado_step_oracle():
-    state = ado_step(AdoState.start(HALVES), LAWS, 100, data_share=HALVES, prior=HALVES)
-    rho = ado_preference(LAWS, 100, HALVES, HALVES)
-    assert state.step == 1
-    assert_allclose(state.policy, 0.9 * HALVES + 0.1 * rho)
-    assert_allclose(state.average, 0.5 * HALVES + 0.5 * rho)
-    after = ado_step(state, LAWS, 200, data_share=np.array([1.0, 0.0]), prior=HALVES)
-    recent = np.array([0.55, 0.45])
-    assert_allclose(after.recent, recent)
-    rho = ado_preference(LAWS, 200, HALVES, recent)
-    assert_allclose(after.policy, 0.9 * state.average + 0.1 * rho)
-    assert_allclose(after.average, state.average * 2 / 3 + rho / 3)
+    """As the authors' code: at step t, policy = 0.9 average + 0.1 rho, then average += (rho - average) / (t + 1)."""
+    drawn = np.array([[1.0, 1.0], [3.0, 0.0], [2.0, 6.0], [0.0, 0.0]])
+    recent, average, state = HALVES, HALVES, AdoState.start(HALVES)
+    for t in range(1, 5):
+        if drawn[t - 1].any():
+            recent = 0.9 * recent + 0.1 * drawn[t - 1] / drawn[t - 1].sum()
+        rho = ado_preference(LAWS, 100 * t, HALVES, recent)
+        state = ado_step(state, LAWS, 100 * t, drawn[t - 1 : t], HALVES)
+        assert_allclose(state.recent, recent)
+        assert_allclose(state.policy, 0.9 * average + 0.1 * rho)
+        average = average + (rho - average) / (t + 1)
+
+
+def test_ado_updates_that_come_less_often_count_every_step():
+    drawn = np.array([[1.0, 1.0], [3.0, 0.0], [2.0, 6.0]])
+    state = ado_step(AdoState.start(HALVES), LAWS, 100, drawn[:2], HALVES)
+    assert_allclose(state.recent, [0.55, 0.45])
+    rho = state.preference
+    assert_allclose(state.average, HALVES)  # two steps, both on the prior
+    state = ado_step(state, LAWS, 200, drawn[2:], HALVES)
+    assert state.steps == 3
+    assert_allclose(state.average, HALVES * 2 / 3 + rho / 3)
 
 
 @pytest.mark.parametrize("points", [50, 300, 10_000])

@@ -267,20 +267,22 @@ class AdoState:
     """What ADO keeps between updates; all arrays (k,).
 
     Attributes:
-        step: updates so far.
+        steps: optimizer steps so far.
         recent: moving average of the domains' shares of the training data.
-        average: mean of all preferences so far.
+        average: mean over those steps of the preference that held in each; before the first one, the prior.
+        preference: the one that holds now.
         policy: the mixture to train on.
     """
 
-    step: int
+    steps: int
     recent: np.ndarray
     average: np.ndarray
+    preference: np.ndarray
     policy: np.ndarray
 
     @classmethod
     def start(cls, prior: np.ndarray) -> AdoState:
-        return cls(0, prior, prior, prior)
+        return cls(0, prior, prior, prior, prior)
 
 
 def ado_preference(laws: Sequence[ScalingLaw | None], n: float, prior: np.ndarray, recent: np.ndarray, min_share: float = 0.01) -> np.ndarray:
@@ -302,7 +304,7 @@ def ado_step(
     state: AdoState,
     laws: Sequence[ScalingLaw | None],
     n: float,
-    data_share: np.ndarray,
+    drawn: np.ndarray,
     prior: np.ndarray,
     *,
     decay: float = 0.9,
@@ -314,20 +316,18 @@ def ado_step(
     Args:
         laws: of each domain; None where none could be fitted.
         n: training samples so far, of all domains together, as `fit_scaling_law` was given.
-        data_share: each domain's share (k,) of the data since the last update.
+        drawn: how much of each domain (S, k) each of the S optimizer steps since the last update held.
         prior: the natural mixture (k,).
-        decay: of the moving average of `data_share`.
+        decay: of the moving average of the domains' shares of a step.
         inertia: weight of the average of earlier preferences in the policy.
     """
-    recent = decay * state.recent + (1 - decay) * data_share
+    recent, held = state.recent, len(drawn)
+    for amounts in drawn[drawn.sum(1) > 0]:
+        recent = decay * recent + (1 - decay) * amounts / amounts.sum()
+    steps = state.steps + held
+    average = state.average + (state.preference - state.average) * held / max(steps, 1)
     preference = ado_preference(laws, n, prior, recent, min_share)
-    step = state.step + 1
-    return AdoState(
-        step=step,
-        recent=recent,
-        average=state.average + (preference - state.average) / (step + 1),
-        policy=inertia * state.average + (1 - inertia) * preference,
-    )
+    return AdoState(steps, recent, average, preference, policy=inertia * average + (1 - inertia) * preference)
 
 
 # --- RegMix (Liu et al., ICLR 2025, arXiv 2407.01492) ---

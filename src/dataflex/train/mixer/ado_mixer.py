@@ -1,7 +1,7 @@
 """Domains that are being learned fastest more often, by scaling laws fitted to their training losses (ADO).
 
-loss_j(n) = eps_j + beta_j n^-a_j after n samples; the preference for domain j is prior_j * sqrt(recent share_j) * a_j (loss_j - eps_j) / n, and
-the mixture a moving average of preferences.
+loss_j(n) = eps_j + beta_j n^-a_j after n samples; the preference for domain j is prior_j * sqrt(recent share_j) * a_j (loss_j - eps_j) / n. The
+mixture is `inertia` times the mean of the preferences of all steps before, the prior's before the first fit, and for the rest the present one.
 Paper: Jiang et al., "Adaptive Data Optimization: Dynamic Sample Selection with Scaling Laws", ICLR 2025, arXiv 2410.11820.
 Cost: none during training; a fit takes milliseconds.
 When it fails: before the losses have settled into their laws; `start_step` leaves the first steps out.
@@ -44,8 +44,8 @@ class AdoMixer(Mixer):
             start_step: optimizer steps whose losses are left out of the fits; until then the mixture stays as it is.
             refit_step: optimizer steps from one fit to the next, at most; early ones come when the number of points has doubled.
             prior: the natural mixture: by `size` of the domains, or the `initial` proportions.
-            decay: of the moving average of the domains' shares.
-            inertia: weight of earlier preferences in the mixture.
+            decay: of the moving average of the domains' shares of a step.
+            inertia: weight of the mean of earlier preferences in the mixture.
             min_share: smallest share of a domain.
             min_log_eps: lower bound of log eps. The paper's 0.5 supposes losses above 1.65, which those of instruction data are not.
         """
@@ -73,13 +73,10 @@ class AdoMixer(Mixer):
         # Early laws rest on few points, so fits come at doubling numbers of points until `refit_step` is the shorter interval.
         if self.fitted_at is None or step_id - self.fitted_at >= self.refit_step or len(self.points) >= 2 * self.fitted_points:
             self._fit(step_id)
-        if not any(self.laws):
-            return self.mixture_manager.proportions
-        drawn = (losses.tokens if self.mixture_manager.mixture_unit == "token" else losses.samples).sum(0)
-        share = drawn / drawn.sum() if drawn.sum() else self.state.recent
+        drawn = losses.tokens if self.mixture_manager.mixture_unit == "token" else losses.samples
         settings = {"decay": self.decay, "inertia": self.inertia, "min_share": self.min_share}
-        self.state = ado_step(self.state, self.laws, self.samples, share, self.prior, **settings)
-        return self.state.policy
+        self.state = ado_step(self.state, self.laws, self.samples, drawn, self.prior, **settings)
+        return self.state.policy if any(self.laws) else self.mixture_manager.proportions
 
     def _remember(self, losses: DomainLosses) -> None:
         """Add a point for every step after `start_step`; a domain that did not occur keeps its last loss."""
@@ -112,7 +109,7 @@ class AdoMixer(Mixer):
             "fitted_at": self.fitted_at,
             "fitted_points": self.fitted_points,
             "laws": [None if law is None else [law.log_beta, law.log_eps, law.a] for law in self.laws],
-            "ado": [self.state.step, self.state.recent.tolist(), self.state.average.tolist(), self.state.policy.tolist()],
+            "ado": {name: np.asarray(value).tolist() for name, value in vars(self.state).items()},
             "points": torch.from_numpy(self.points.copy()),
         }
 
@@ -120,6 +117,5 @@ class AdoMixer(Mixer):
         self.samples, self.steps, self.stride = state["samples"], state["steps"], state["stride"]
         self.fitted_at, self.fitted_points = state["fitted_at"], state["fitted_points"]
         self.laws = [None if law is None else ScalingLaw(*law) for law in state["laws"]]
-        step, *shares = state["ado"]
-        self.state = AdoState(step, *map(np.array, shares))
+        self.state = AdoState(**{name: value if name == "steps" else np.array(value) for name, value in state["ado"].items()})
         self.points = state["points"].numpy().copy()

@@ -1,6 +1,6 @@
-"""What weighting costs: a weighted training step over the host's own, in time and peak memory.
+"""What a weighted or mixed training step costs over the host's own, in time, peak memory and, on a GPU, waits of the host for the device.
 
-    python benchmarks/weight_overhead.py [--layers 4] [--repetitions 7] [--batch 4] [--length 256]
+    python benchmarks/step_overhead.py [--layers 4] [--repetitions 7] [--batch 4] [--length 256]
 
 Every arm trains the same model on the same batches at learning rate 0, one arm after the other, again and again; the ratio of each
 repetition is taken within it, and the median reported. On a CPU the time is CPU time, which other programs on the machine disturb least.
@@ -26,10 +26,11 @@ import transformers
 from torch.nn import functional as F
 from transformers import LlamaConfig, LlamaForCausalLM, PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
-from dataflex import Weighter, WeightTrainer
+from dataflex import MixTrainer, Weighter, WeightTrainer
 from dataflex.testing.tiny import pad_collator, tiny_tokenizer
 
-VOCABULARY, HIDDEN = 49152, 576
+VOCABULARY, HIDDEN, DOMAINS = 49152, 576, 4
+MIX = {"component_name": "odm", "update_step": 1, "update_times": -1}
 
 
 class SecondCrossEntropy(Weighter):
@@ -51,9 +52,11 @@ class SecondCrossEntropy(Weighter):
 
 
 class Meter(TrainerCallback):
-    """Time and peak memory of the last step's forward and backward pass."""
+    """Time, peak memory and host syncs of a step, from the end of the one before it to where the optimizer begins."""
 
-    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if torch.cuda.is_available():
+            torch.cuda.set_sync_debug_mode("default")
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.synchronize()
@@ -63,14 +66,20 @@ class Meter(TrainerCallback):
             ctypes.CDLL("libc.so.6").malloc_trim(0)
             Path("/proc/self/clear_refs").write_text("5")  # sets the peak to the present size
             self.before = _status("VmRSS")
+        if torch.cuda.is_available() and self.counting:
+            torch.cuda.set_sync_debug_mode("warn")  # a warning for each; slower, so not where time is taken
         self.start = clock()
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if torch.cuda.is_available():
+            torch.cuda.set_sync_debug_mode("default")
             torch.cuda.synchronize()
-        self.seconds = clock() - self.start
-        peak = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else _status("VmHWM")
-        self.memory = (peak - self.before) / 2**20
+        if state.global_step:
+            self.seconds = clock() - self.start
+            peak = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else _status("VmHWM")
+            self.memory = (peak - self.before) / 2**20
+
+    counting = False
 
 
 def clock() -> float:
@@ -87,7 +96,10 @@ def rows(number: int, length: int, masked: float) -> datasets.Dataset:
     tokens = torch.randint(5, VOCABULARY, (number, length), generator=generator).tolist()
     prompt = int(length * masked)
     return datasets.Dataset.from_list(
-        [{"input_ids": row, "attention_mask": [1] * length, "labels": [-100] * prompt + row[prompt:]} for row in tokens]
+        [
+            {"input_ids": row, "attention_mask": [1] * length, "labels": [-100] * prompt + row[prompt:], "domain_id": number % DOMAINS}
+            for number, row in enumerate(tokens)
+        ]
     )
 
 
@@ -102,7 +114,7 @@ def arms(model: Any, data: Any, batch: int, out: str) -> dict[str, Callable[[], 
     from trl import SFTConfig, SFTTrainer
 
     plain = {"model": model, "train_dataset": data, "data_collator": pad_collator}
-    weighted = WeightTrainer.over(Trainer)
+    weighted, mixed = WeightTrainer.over(Trainer), MixTrainer.over(Trainer)
     sft_args: dict[str, Any] = {"max_length": None, "dataset_kwargs": {"skip_prepare_dataset": True}, "gradient_checkpointing": False}
 
     def sft(base: Any, **extra: Any) -> Any:
@@ -115,19 +127,28 @@ def arms(model: Any, data: Any, batch: int, out: str) -> dict[str, Callable[[], 
             **plain, args=arguments(out, batch), dataflex={"component_name": "loss", "project_targets_only": False}
         ),
         "Trainer: second cross-entropy": lambda: weighted(**plain, args=arguments(out, batch), component=SecondCrossEntropy(), dataflex={}),
+        "Trainer: static_mix": lambda: mixed(**plain, args=arguments(out, batch), dataflex={"static_mix": True}),
+        "Trainer: static_mix, all logits": lambda: mixed(
+            **plain, args=arguments(out, batch), dataflex={"static_mix": True, "project_targets_only": False}
+        ),
+        "Trainer: odm at every step": lambda: mixed(**plain, args=arguments(out, batch), dataflex=MIX),
         "SFTTrainer: static": lambda: sft(SFTTrainer),
         "SFTTrainer: loss weighter": lambda: sft(WeightTrainer.over(SFTTrainer), dataflex={"component_name": "loss"}),
+        "SFTTrainer: odm at every step": lambda: sft(MixTrainer.over(SFTTrainer), dataflex=MIX),
     }
 
 
-def measure(make: Callable[[], Any]) -> tuple[float, float]:
+def measure(make: Callable[[], Any], counting: bool = False) -> tuple[float, float, int]:
     trainer, meter = make(), Meter()
+    meter.counting = counting
     trainer.add_callback(meter)
     trainer.remove_callback(PrinterCallback)
-    trainer.train()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        trainer.train()
     trainer.model.zero_grad()
     vars(trainer.model).pop("forward", None)  # TRL replaces it; the other arms use the model's own
-    return meter.seconds, meter.memory
+    return meter.seconds, meter.memory, sum("synchronizing CUDA" in str(warning.message) for warning in caught)
 
 
 def run(layers: int, batch: int, length: int, masked: float, repetitions: int) -> None:
@@ -138,19 +159,19 @@ def run(layers: int, batch: int, length: int, masked: float, repetitions: int) -
     model, data = LlamaForCausalLM(config), rows(2 * batch, length, masked)
     with tempfile.TemporaryDirectory() as out:
         makers = arms(model, data, batch, out)
-        results: dict[str, list[tuple[float, float]]] = {name: [] for name in makers}
-        for repetition in range(repetitions + 1):
+        results: dict[str, list[tuple[float, float, int]]] = {name: [] for name in makers}
+        syncs = {name: measure(make, counting=True)[2] for name, make in makers.items()}  # also warms up
+        for _ in range(repetitions):
             for name, make in makers.items():
-                measured = measure(make)
-                if repetition:  # the first one warms up
-                    results[name].append(measured)
+                results[name].append(measure(make))
     print(f"\n{layers} layers, batch {batch}, length {length}, {masked:.0%} masked, {repetitions} repetitions\n")
-    print("| step | time / static | peak memory / static | seconds | MiB |\n| --- | ---: | ---: | ---: | ---: |")
+    print("| step | time / static | peak memory / static | seconds | MiB | host syncs |\n| --- |" + " ---: |" * 5)
     for name, runs in results.items():
         base = results[f"{name.split(':')[0]}: static"]
         ratios = [statistics.median(a[k] / b[k] for a, b in zip(runs, base, strict=True)) for k in (0, 1)]
+        waits = syncs[name] if torch.cuda.is_available() else "-"
         middle = [statistics.median(values[k] for values in runs) for k in (0, 1)]
-        print(f"| {name} | {ratios[0]:.2f} | {ratios[1]:.2f} | {middle[0]:.2f} | {middle[1]:.0f} |", flush=True)
+        print(f"| {name} | {ratios[0]:.2f} | {ratios[1]:.2f} | {middle[0]:.3f} | {middle[1]:.0f} | {waits} |", flush=True)
 
 
 def main() -> None:
