@@ -30,6 +30,7 @@ from dataflex import MixTrainer, Weighter, WeightTrainer
 from dataflex.testing.tiny import pad_collator, tiny_tokenizer
 
 VOCABULARY, HIDDEN, DOMAINS = 49152, 576, 4
+STEPS = 4  # the first warms up
 MIX = {"component_name": "odm", "update_step": 1, "update_times": -1}
 
 
@@ -52,34 +53,32 @@ class SecondCrossEntropy(Weighter):
 
 
 class Meter(TrainerCallback):
-    """Time, peak memory and host syncs of a step, from the end of the one before it to where the optimizer begins."""
+    """Time, peak memory and host syncs of an optimizer step: means and the peak over all but the first."""
+
+    def __init__(self, counting: bool):
+        self.counting = counting and torch.cuda.is_available()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if torch.cuda.is_available():
-            torch.cuda.set_sync_debug_mode("default")
-        gc.collect()
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-            torch.cuda.reset_peak_memory_stats()
-            self.before = torch.cuda.memory_allocated()
-        else:
-            ctypes.CDLL("libc.so.6").malloc_trim(0)
-            Path("/proc/self/clear_refs").write_text("5")  # sets the peak to the present size
-            self.before = _status("VmRSS")
-        if torch.cuda.is_available() and self.counting:
-            torch.cuda.set_sync_debug_mode("warn")  # a warning for each; slower, so not where time is taken
-        self.start = clock()
-
-    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if torch.cuda.is_available():
-            torch.cuda.set_sync_debug_mode("default")
-            torch.cuda.synchronize()
-        if state.global_step:
-            self.seconds = clock() - self.start
+        if state.global_step == 1:
+            gc.collect()
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+                torch.cuda.reset_peak_memory_stats()
+                self.before = torch.cuda.memory_allocated()
+            else:
+                ctypes.CDLL("libc.so.6").malloc_trim(0)
+                Path("/proc/self/clear_refs").write_text("5")  # sets the peak to the present size
+                self.before = _status("VmRSS")
+            if self.counting:
+                torch.cuda.set_sync_debug_mode("warn")  # a warning for each; slower, so not where time is taken
+            self.start = clock()
+        elif state.global_step == state.max_steps:
+            if torch.cuda.is_available():
+                torch.cuda.set_sync_debug_mode("default")
+                torch.cuda.synchronize()
+            self.seconds = (clock() - self.start) / (state.max_steps - 1)
             peak = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else _status("VmHWM")
             self.memory = (peak - self.before) / 2**20
-
-    counting = False
 
 
 def clock() -> float:
@@ -104,7 +103,7 @@ def rows(number: int, length: int, masked: float) -> datasets.Dataset:
 
 
 def arguments(out: str, batch: int, cls: Any = TrainingArguments, **extra: Any) -> Any:
-    settings: dict[str, Any] = {"per_device_train_batch_size": batch, "max_steps": 2, "learning_rate": 0.0, "optim": "sgd", "max_grad_norm": 0.0}
+    settings: dict[str, Any] = {"per_device_train_batch_size": batch, "max_steps": STEPS, "learning_rate": 0.0, "optim": "sgd", "max_grad_norm": 0.0}
     settings |= {"report_to": "none", "save_strategy": "no", "logging_strategy": "no", "disable_tqdm": True, "bf16": torch.cuda.is_available()}
     return cls(out, **settings, **extra)
 
@@ -138,9 +137,8 @@ def arms(model: Any, data: Any, batch: int, out: str) -> dict[str, Callable[[], 
     }
 
 
-def measure(make: Callable[[], Any], counting: bool = False) -> tuple[float, float, int]:
-    trainer, meter = make(), Meter()
-    meter.counting = counting
+def measure(make: Callable[[], Any], counting: bool = False) -> tuple[float, float, float]:
+    trainer, meter = make(), Meter(counting)
     trainer.add_callback(meter)
     trainer.remove_callback(PrinterCallback)
     with warnings.catch_warnings(record=True) as caught:
@@ -148,7 +146,7 @@ def measure(make: Callable[[], Any], counting: bool = False) -> tuple[float, flo
         trainer.train()
     trainer.model.zero_grad()
     vars(trainer.model).pop("forward", None)  # TRL replaces it; the other arms use the model's own
-    return meter.seconds, meter.memory, sum("synchronizing CUDA" in str(warning.message) for warning in caught)
+    return meter.seconds, meter.memory, sum("synchronizing CUDA" in str(warning.message) for warning in caught) / (STEPS - 1)
 
 
 def run(layers: int, batch: int, length: int, masked: float, repetitions: int) -> None:
@@ -156,10 +154,10 @@ def run(layers: int, batch: int, length: int, masked: float, repetitions: int) -
         vocab_size=VOCABULARY, hidden_size=HIDDEN, intermediate_size=1536, num_hidden_layers=layers, num_attention_heads=9, num_key_value_heads=3
     )
     config.tie_word_embeddings = True
-    model, data = LlamaForCausalLM(config), rows(2 * batch, length, masked)
+    model, data = LlamaForCausalLM(config), rows(STEPS * batch, length, masked)
     with tempfile.TemporaryDirectory() as out:
         makers = arms(model, data, batch, out)
-        results: dict[str, list[tuple[float, float, int]]] = {name: [] for name in makers}
+        results: dict[str, list[tuple[float, float, float]]] = {name: [] for name in makers}
         syncs = {name: measure(make, counting=True)[2] for name, make in makers.items()}  # also warms up
         for _ in range(repetitions):
             for name, make in makers.items():
@@ -169,7 +167,7 @@ def run(layers: int, batch: int, length: int, masked: float, repetitions: int) -
     for name, runs in results.items():
         base = results[f"{name.split(':')[0]}: static"]
         ratios = [statistics.median(a[k] / b[k] for a, b in zip(runs, base, strict=True)) for k in (0, 1)]
-        waits = syncs[name] if torch.cuda.is_available() else "-"
+        waits = f"{syncs[name]:.1f}" if torch.cuda.is_available() else "-"
         middle = [statistics.median(values[k] for values in runs) for k in (0, 1)]
         print(f"| {name} | {ratios[0]:.2f} | {ratios[1]:.2f} | {middle[0]:.3f} | {middle[1]:.0f} | {waits} |", flush=True)
 

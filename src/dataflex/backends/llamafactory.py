@@ -50,6 +50,7 @@ def check(run: RunFile) -> Prepared | None:
     _check_stage(keys, run)
     _check_steps(keys, run)
     _check_data(keys, run)
+    _check_rows(keys, run)
     if not run.problems:
         _check_values(keys, run)
     return Prepared(keys, [])
@@ -91,6 +92,15 @@ def _check_data(keys: dict[str, Any], run: RunFile) -> None:
         for name in _names(keys.get(key)):
             _check_entry(name, key, entries, Path(folder), run)
     return None
+
+
+def _check_rows(keys: dict[str, Any], run: RunFile) -> None:
+    """DataFlex needs to know the rows, and for mixing which data set each came from."""
+    kind = run.dataflex.train_type
+    if kind != "static" and keys.get("streaming"):
+        run.add("streaming", f"cannot be combined with train_type: {kind}: DataFlex needs to know the rows of the data")
+    if kind == "dynamic_mix" and keys.get("mix_strategy", "concat") != "concat":
+        run.add("mix_strategy", "cannot be combined with train_type: dynamic_mix, which mixes the data sets itself; leave it out")
 
 
 def _check_entry(name: str, key: str, entries: dict[str, Any], folder: Path, run: RunFile) -> None:

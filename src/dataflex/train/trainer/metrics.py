@@ -30,7 +30,7 @@ class WeightMetrics:
         device, size = losses.device, len(_SUMS) + 2 * len(self.domains)
         if self._sums is None or self._range is None:
             self._sums = torch.zeros(size, dtype=torch.float64, device=device)
-            self._range = torch.tensor([-math.inf, -math.inf], dtype=torch.float64, device=device)  # of -w and w: both are maxima
+            self._range = torch.full((2,), -math.inf, dtype=torch.float64, device=device)  # of -w and w: both are maxima
         weights, losses = weights.double(), losses.double()
         finite = torch.isfinite(losses)
         counts = torch.ones_like(losses)
