@@ -1,5 +1,6 @@
 """What `MixTrainer` draws, what mixers are told, and what each makes of it."""
 
+import copy
 import json
 import math
 from pathlib import Path
@@ -15,9 +16,12 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from dataflex import Mixer, MixTrainer
 from dataflex.core.registry import register_mixer
-from dataflex.errors import ComponentError, ConfigError
+from dataflex.errors import ComponentError, ConfigError, ResumeError
 from dataflex.functional.mixing import doremi_update, odm_policy
 from dataflex.testing.tiny import pad_collator, tiny_model, tiny_rows
+from dataflex.train.mixer.ado_mixer import AdoMixer
+from dataflex.train.mixer.doremi_mixer import DoremiMixer
+from dataflex.train.mixer.static_mixer import StaticMixer
 
 # 24 rows in three domains (row % 3), 4 to a step.
 SPEC = {
@@ -345,6 +349,108 @@ def test_ado_prefers_the_domain_that_is_being_learned_fastest(tmp_path):
     laws = component.laws
     speeds = [law.speed(component.samples) for law in laws]
     assert np.argmax(manager.proportions) == np.argmax(speeds) and manager.proportions[2] < 1 / 3
+
+
+# ------------------------------------------------------------------------------------------------ ready-made mixers, several runs
+
+
+def parameters(trainer):
+    return torch.cat([parameter.detach().flatten() for parameter in trainer.model.parameters()])
+
+
+def ready_made(component, out, rows=None, **dataflex):
+    data = datasets.Dataset.from_list(rows or tiny_rows(24)).add_column("domain_id", [k % 3 for k in range(24)])
+    settings = {"per_device_train_batch_size": 4, "num_train_epochs": 1, "optim": "sgd", "learning_rate": 1e-2, "lr_scheduler_type": "constant"}
+    settings |= {"max_grad_norm": 0.0, "use_cpu": True, "report_to": "none", "disable_tqdm": True}
+    dataflex = {"update_step": 1, "update_times": 6, **dataflex}
+    common = {"model": tiny_model(), "args": TrainingArguments(str(out), **settings), "train_dataset": data, "data_collator": pad_collator}
+    return MixTrainer.over(Trainer)(**common, component=component, dataflex=dataflex)
+
+
+@pytest.mark.parametrize("unit", ["sample", "token"])
+def test_mixers_made_beforehand_get_their_manager_from_the_trainer(tmp_path, unit):
+    made = {"static": (StaticMixer, {"rule": "size"}), "ado": (AdoMixer, MIXERS["ado"][1]), "doremi": (DoremiMixer, MIXERS["doremi"][1])}
+    for name, (cls, params) in made.items():
+        trainer = ready_made(cls(**params), tmp_path / name, mixture_unit=unit)
+        assert trainer.component.mixture_manager is trainer.mixture_manager
+        trainer.train()
+        dataflex = {"warmup_step": 0, "update_step": 1, "update_times": 6, "mixture_unit": unit}
+        named = {**SPEC, "component": name, "params": params, "batch": 4, "accumulation": 1, "optim": "sgd", "dataflex": dataflex}
+        assert parameters(trainer).equal(run(named, tmp_path / "named").parameters), name
+
+
+@pytest.mark.parametrize("name", ["random", "odm", "ado", "doremi"])
+def test_a_second_training_starts_like_the_first(tmp_path, name):
+    component, params = MIXERS[name]
+    trainer, _ = make_trainer({**SPEC, "component": component, "params": params, "optim": "sgd"}, str(tmp_path))
+    start = copy.deepcopy(trainer.model.state_dict())
+    outcomes = []
+    for _ in range(2):
+        trainer.model.load_state_dict(start)
+        trainer.train()
+        outcomes.append(([event["proportions"] for event in mixtures(tmp_path)], copy.deepcopy(trainer.model.state_dict())))
+    (shares, first), (again, second) = outcomes
+    assert shares == again
+    assert all(first[key].equal(second[key]) for key in first)
+
+
+class Interrupted(Exception):
+    """Whatever ends a training early."""
+
+
+@pytest.mark.parametrize("name", ["custom", "doremi"])
+def test_a_training_interrupted_within_a_step_resumes_in_the_same_process(tmp_path, name):
+    component, params = MIXERS[name]
+    spec = {**SPEC, "component": component, "params": params, "optim": "sgd", "args": {"save_strategy": "steps", "save_steps": 1}}
+    whole = run(spec, tmp_path / "whole")
+    trainer, _ = make_trainer(spec, str(tmp_path / "stopped"))
+    original, passes = trainer.training_step, []
+
+    def interrupted(*args, **kwargs):
+        passes.append(None)
+        if len(passes) == 8:  # the second of two micro-batches of the fourth step
+            raise Interrupted
+        return original(*args, **kwargs)
+
+    trainer.training_step = interrupted
+    with pytest.raises(Interrupted):
+        trainer.train()
+    trainer.train(resume_from_checkpoint=True)
+    assert parameters(trainer).equal(whole.parameters)
+    assert [event["proportions"] for event in mixtures(tmp_path / "stopped")] == [event["proportions"] for event in mixtures(tmp_path / "whole")]
+
+
+def test_a_changed_batch_size_cuts_the_plan_to_whole_steps(tmp_path):
+    spec = {**SPEC, "component": "random", "args": {"save_strategy": "steps", "save_steps": 1}}
+    run(spec, tmp_path)
+    changed = {**spec, "batch": 3, "dataflex": {**SPEC["dataflex"], "allow_changed_resume": True}, "resume": str(tmp_path / "checkpoint-2")}
+    trainer, _ = make_trainer(changed, str(tmp_path))
+    rows = Rows(trainer)
+    trainer.train(resume_from_checkpoint=changed["resume"])
+    assert trainer.state.global_step == 7
+    assert {len(drawn) for step, drawn in rows.steps.items() if step > 2} == {6}
+
+
+def test_a_plan_for_other_data_cannot_be_resumed(tmp_path):
+    spec = {**SPEC, "component": "random", "args": {"save_strategy": "steps", "save_steps": 1}}
+    run(spec, tmp_path)
+    changed = {**spec, "rows": 21, "dataflex": {**SPEC["dataflex"], "allow_changed_resume": True}}
+    with pytest.raises(ResumeError, match=r"a plan of rows of another data set \(dataset rows, dataset content changed\)"):
+        train({**changed, "resume": str(tmp_path / "checkpoint-2")}, tmp_path)
+
+
+def test_ado_sees_shares_in_the_unit_of_the_mixture(tmp_path):
+    """Domain 0 has rows of 4 tokens, the others of 16."""
+    domains = [tiny_rows(8, seed=k, lengths=(length, length), masked=0) for k, length in enumerate((4, 16, 16))]
+    rows = [row for several in zip(*domains, strict=True) for row in several]
+    trainer = ready_made(AdoMixer(start_step=0, refit_step=2), tmp_path, rows, mixture_unit="token", warmup_step=0)
+    assert trainer.component.prior == pytest.approx(np.array([3, 15, 15]) / 33)
+    trainer.train()
+    drawn = np.array([[event["domains"][str(k)] for k in range(3)] for event in mixtures(tmp_path)[:-1]]) * [3, 15, 15]
+    recent = trainer.component.prior
+    for tokens in drawn:
+        recent = 0.9 * recent + 0.1 * tokens / tokens.sum()
+    assert trainer.component.state.recent == pytest.approx(recent)
 
 
 # ------------------------------------------------------------------------------------------------ resume and ranks

@@ -118,6 +118,7 @@ class DoremiMixer(Mixer):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.steps = state["steps"]
         self.log_alpha, self.excess, self.total_alpha = state["log_alpha"], state["excess"], state["total_alpha"]
+        self._step = None  # of a step that was interrupted
 
 
 def _load(folder: Path, ctx: Any) -> Any:

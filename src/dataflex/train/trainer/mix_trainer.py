@@ -262,4 +262,4 @@ class MixTrainer(PlannedTrainer, LossTrainer):
     def _load_own_state(self, state: dict[str, Any]) -> None:
         self.mixture_manager.load_state_dict(state["mixture"])
         history = state["history"] if self.accelerator.is_main_process else torch.zeros_like(state["history"])
-        self._history = list(history.to(self.args.device))
+        self._history, self._current = list(history.to(self.args.device)), None
