@@ -309,6 +309,8 @@ def test_doremi_weights_tokens_and_updates_after_every_step(tmp_path):
     for ours, (gradient, _) in zip(recorder.gradients, found, strict=True):
         assert relative(ours, gradient) < 1e-5
     assert trainer.component.log_alpha.exp() == pytest.approx(found[-1][1], rel=1e-6)
+    logged = [[entry[f"dataflex/weight/{k}"] for k in range(3)] for entry in trainer.state.log_history if "dataflex/weight/0" in entry]
+    assert logged == [pytest.approx([1 / 3] * 3)]  # at the only decision, before the first step
     weights = json.loads((tmp_path / "dataflex" / "doremi_weights.json").read_text())
     mean = torch.stack([alpha for _, alpha in found]).mean(0)
     assert weights["average_weights"] == pytest.approx(mean.tolist(), rel=1e-6) and weights["steps"] == 4

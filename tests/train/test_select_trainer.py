@@ -209,6 +209,18 @@ def test_a_wrong_pool_is_refused(tmp_path, content, message):
         make_trainer({**SPEC, "params": {"candidate_pool": str(tmp_path / "pool.json")}}, str(tmp_path))
 
 
+@pytest.mark.parametrize(("length", "refused"), [(24, False), (23, True), (25, True)])
+def test_a_pool_of_true_and_false_has_an_entry_for_every_row(tmp_path, length, refused):
+    np.save("pool.npy", np.arange(length) % 2 == 1)
+    spec = {**SPEC, "component": "custom", "params": {"candidate_pool": "pool.npy"}}
+    if refused:
+        with pytest.raises(ComponentError, match=f"says yes or no to {length} rows, and the data set has 24"):
+            make_trainer(spec, str(tmp_path))
+    else:
+        train(spec, tmp_path)
+        assert all((rows % 2 == 1).all() for rows in selections(tmp_path).values())
+
+
 def test_too_few_rows_are_repeated_and_said_so(tmp_path, caplog):
     train({**SPEC, "rows": 5}, tmp_path)
     for rows in list(selections(tmp_path).values())[1:]:

@@ -151,6 +151,18 @@ def test_embeddings_are_pooled_hidden_states(tmp_path, pooling):
         assert embedding == pytest.approx((expected / expected.norm()).numpy(), abs=1e-5)
 
 
+def test_embeddings_of_a_run_in_bf16_are_pooled_in_fp32(tmp_path):
+    """The mean of many hidden states rounds away what tells rows apart if it is taken in bf16."""
+    trainer = at_step({"args": {"bf16": True}, "lengths": [40, 48]}, tmp_path, 1)
+    found = trainer.signals.embeddings(trainer.train_dataset, np.arange(4), "mean")
+    assert found.dtype == np.float32
+    for row, embedding in zip(trainer.train_dataset.select(range(4)), found, strict=True):
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+            hidden = trainer.model.eval().model(torch.tensor([row["input_ids"]])).last_hidden_state[0]
+        expected = hidden.double().mean(0)
+        assert embedding == pytest.approx((expected / expected.norm()).numpy(), abs=2e-5)
+
+
 def test_scoring_leaves_modes_and_gradients_alone(tmp_path):
     trainer = at_step({"component": "less", "lora": True}, tmp_path, 3)
     trainer.model.train()

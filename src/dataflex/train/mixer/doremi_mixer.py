@@ -72,6 +72,8 @@ class DoremiMixer(Mixer):
         return mean.cpu().numpy()
 
     def mix(self, model: Any, step_id: int, **kwargs: Any) -> np.ndarray:
+        weights = self.log_alpha.exp().tolist()
+        kwargs["ctx"].metrics.set(**{f"weight/{name}": weight for name, weight in zip(self.mixture_manager.names, weights, strict=True)})
         return self.mixture_manager.proportions  # sampling stays; the loss is reweighted
 
     def token_weights(self, ctx: Any) -> torch.Tensor:
