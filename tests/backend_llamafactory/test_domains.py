@@ -182,13 +182,15 @@ def test_selection_records_how_many_rows_each_data_set_gives(write):
     ("keys", "message"),
     [
         ({"init_mixture_proportions": [0.5, 0.5]}, "init_mixture_proportions: has 2 numbers and there are 3 domains: vole, zebra, quail"),
-        ({"dataset": "vole"}, "dataset: is one data set, so there is nothing to mix: name several"),
+        ({"dataset": "vole"}, "dataset: is one data set, so there is nothing to mix: name several\n"),
         ({"streaming": True, "max_steps": 7}, "streaming: cannot be combined with train_type: dynamic_mix: DataFlex needs to know the rows"),
         ({"mix_strategy": "interleave_under"}, "mix_strategy: cannot be combined with train_type: dynamic_mix, which mixes the data sets itself"),
+        ({"tokenized_path": "tokens"}, "tokenized_path: cannot be combined with train_type: dynamic_mix"),
+        ({"val_size": 4}, "val_size: is a number of rows, and with train_type: dynamic_mix each data set is split alone; give a share below 1"),
     ],
 )
 def test_mixtures_that_cannot_be_are_refused_before_training(write, tmp_path, keys, message):
     with pytest.raises(ConfigError) as error:
         check_run(write(**{**ODM, **keys}))
-    assert message in str(error.value)
+    assert message in f"{error.value}\n"
     assert not (tmp_path / "out").exists()

@@ -1,6 +1,8 @@
 """Mixing from a YAML file: what is checked and printed, `domain_column`, DoReMi's three steps and RegMix."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -57,6 +59,14 @@ def test_validate_of_a_mixture_that_stays(folder):
     assert "dynamic_mix, static" in text
 
 
+def test_validate_in_a_process_of_its_own(folder):
+    """Where nothing has loaded the mixers before."""
+    write_config(folder, **{**MIX, "component_name": ..., "update_step": ..., "static_mix": True})
+    done = subprocess.run([sys.executable, "-m", "dataflex.cli", "validate", "config.yaml"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "dynamic_mix, static" in done.stdout
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -66,7 +76,9 @@ def test_validate_of_a_mixture_that_stays(folder):
         ({"init_mixture_proportions": ["a", 1]}, "init_mixture_proportions"),
         ({"init_mixture_proportions": [1, 1], "mixture_sample_rule": "uniform"}, "has no effect with mixture_sample_rule: uniform"),
         ({"mixture_sample_rule": "stratifed"}, "Did you mean 'stratified'?"),
-        ({"dataset": "rows"}, "dataset: is one data set, so there is nothing to mix"),
+        ({"dataset": "rows"}, "dataset: is one data set, so there is nothing to mix: name several, or the column"),
+        ({"dataset": "rows,held_out,rows"}, "dataset: names 'rows' more than once"),
+        ({"dataset": "rows,rows", "train_type": "dynamic_weight", "component_name": "loss"}, "dataset: names 'rows' more than once"),
         ({"update_step": 0}, "update_step: must be at least 1 with train_type: dynamic_mix"),
         ({"component_name": ...}, "component_name: is required with train_type: dynamic_mix"),
         ({"component_name": "oddm"}, "mixers 'oddm' not found"),

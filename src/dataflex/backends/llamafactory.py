@@ -101,6 +101,11 @@ def _check_rows(keys: dict[str, Any], run: RunFile) -> None:
         run.add("streaming", f"cannot be combined with train_type: {kind}: DataFlex needs to know the rows of the data")
     if kind == "dynamic_mix" and keys.get("mix_strategy", "concat") != "concat":
         run.add("mix_strategy", "cannot be combined with train_type: dynamic_mix, which mixes the data sets itself; leave it out")
+    if kind == "dynamic_mix" and "tokenized_path" in keys:
+        run.add("tokenized_path", "cannot be combined with train_type: dynamic_mix: its rows do not tell which data set they are from")
+    val_size = keys.get("val_size", 0)
+    if kind != "static" and isinstance(val_size, (int, float)) and val_size > 1 and len(_names(keys.get("dataset"))) > 1:
+        run.add("val_size", f"is a number of rows, and with train_type: {kind} each data set is split alone; give a share below 1")
 
 
 def _check_entry(name: str, key: str, entries: dict[str, Any], folder: Path, run: RunFile) -> None:
@@ -218,7 +223,13 @@ def dynamic_trainer(stage: str, run: RunFile, leave: bool = False) -> Iterator[l
         if len(names) < 2 or data_args.streaming or data_args.tokenized_path or data_args.mix_strategy != "concat":
             return get_dataset(template, model_args, data_args, *args, **kwargs)
         domains[:] = names
-        return _joined([get_dataset(template, model_args, one, *args, **kwargs) for one in _one_by_one(data_args)])
+        return _joined([read(template, model_args, one, *args, **kwargs) for one in _one_by_one(data_args)])
+
+    def read(template: Any, model_args: Any, data_args: Any, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return get_dataset(template, model_args, data_args, *args, **kwargs)
+        except RuntimeError as error:  # such as too few tokens for a packed row
+            raise TrainingError(f"data set '{data_args.dataset[0]}': {error}") from error
 
     setattr(module, name, make)
     module.get_dataset = get  # type: ignore[attr-defined]
@@ -250,7 +261,8 @@ def _joined(modules: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def _aligned(parts: list[Any]) -> list[Any]:
-    """Data sets whose lists of integers are equally wide: `datasets` makes `input_ids` int32 in a larger one and int64 in a smaller one."""
+    """Data sets whose lists of integers are equally wide: LLaMA-Factory's `neat_packing` changes the width for the rest of the process, and
+    rows tokenised before and kept by `datasets` have the other one."""
     for name in parts[0].column_names:
         kinds = {getattr(getattr(part.features[name], "feature", None), "dtype", ""): part.features[name] for part in parts}
         if len(kinds) > 1 and all(kind.startswith("int") for kind in kinds):

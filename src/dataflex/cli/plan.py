@@ -6,11 +6,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from dataflex.backends import Sizes, load_backend
+from dataflex.backends import Sizes, backend_name, load_backend
 from dataflex.configs.components import component_entry
 from dataflex.configs.loading import RunFile, load_run
 from dataflex.configs.schema import COMPONENT_KIND
-from dataflex.core.plugins import load_plugins
+from dataflex.core.plugins import load_builtin_components, load_plugins
 from dataflex.core.registry import REGISTRY, check_parameters, uses_eval_dataset
 from dataflex.core.schedule import WITHOUT_END, Interval, Schedule, stage_length, total_steps
 from dataflex.errors import ComponentError, ConfigError
@@ -36,7 +36,7 @@ def check_run(path: str | Path, overrides: Sequence[str] = ()) -> tuple[RunFile,
 
 def _check_component(run: RunFile) -> None:
     config = run.dataflex
-    if config.train_type == "dynamic_mix":
+    if config.train_type != "static":
         _check_domains(run)
     if config.train_type == "static" or config.component_name is None:
         return
@@ -71,10 +71,15 @@ def _check_component(run: RunFile) -> None:
 
 def _check_domains(run: RunFile) -> None:
     given, names = run.dataflex.init_mixture_proportions, _domain_names(run)
+    for name in dict.fromkeys(name for name in names if names.count(name) > 1):
+        run.add("dataset", f"names '{name}' more than once")
+    if run.dataflex.train_type != "dynamic_mix":
+        return
     if given is not None and names and len(given) != len(names):
         run.add("init_mixture_proportions", f"has {len(given)} numbers and there are {len(names)} domains: {', '.join(names)}")
     if len(names) == 1:
-        run.add("dataset", "is one data set, so there is nothing to mix: name several, or the column that tells domains apart with domain_column")
+        column = ", or the column that tells domains apart with domain_column" if backend_name(run.dataflex.backend) == "trl" else ""
+        run.add("dataset", f"is one data set, so there is nothing to mix: name several{column}")
 
 
 def _references(run: RunFile) -> dict[str, str]:
@@ -221,6 +226,7 @@ def _steps_line(steps: int | None, sizes: Sizes) -> tuple[str, str]:
 
 def _component(run: RunFile) -> tuple[Any, dict[str, Any]]:
     """The component's class and parameters."""
+    load_builtin_components()  # a mixture that stays has no component_name, so nothing has asked for them yet
     config = run.dataflex
     kind, name = COMPONENT_KIND[config.train_type], config.component_name or "static"
     entry = component_entry(kind, name, config.components_cfg_file, run.folder, _references(run))

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -262,8 +262,7 @@ def _scaling_starts(log_n: np.ndarray, log_loss: np.ndarray, lower: np.ndarray, 
     return starts
 
 
-@dataclass(frozen=True)
-class AdoState:
+class AdoState(NamedTuple):
     """What ADO keeps between updates; all arrays (k,).
 
     Attributes:

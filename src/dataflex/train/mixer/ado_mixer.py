@@ -109,7 +109,7 @@ class AdoMixer(Mixer):
             "fitted_at": self.fitted_at,
             "fitted_points": self.fitted_points,
             "laws": [None if law is None else [law.log_beta, law.log_eps, law.a] for law in self.laws],
-            "ado": {name: np.asarray(value).tolist() for name, value in vars(self.state).items()},
+            "ado": [self.state.steps, *(shares.tolist() for shares in self.state[1:])],
             "points": torch.from_numpy(self.points.copy()),
         }
 
@@ -117,5 +117,6 @@ class AdoMixer(Mixer):
         self.samples, self.steps, self.stride = state["samples"], state["steps"], state["stride"]
         self.fitted_at, self.fitted_points = state["fitted_at"], state["fitted_points"]
         self.laws = [None if law is None else ScalingLaw(*law) for law in state["laws"]]
-        self.state = AdoState(**{name: value if name == "steps" else np.array(value) for name, value in state["ado"].items()})
+        steps, *shares = state["ado"]
+        self.state = AdoState(steps, *map(np.array, shares))
         self.points = state["points"].numpy().copy()
