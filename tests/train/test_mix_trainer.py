@@ -219,6 +219,7 @@ def test_a_mixer_written_for_the_peer_runs_unmodified(tmp_path):
 
         def mix(self, model, step_id: int, **kwargs):
             assert self.mixture_manager.k == len(self.mixture_manager.names) == len(self.mixture_manager.sizes) == 3
+            assert [len(source) for source in self.mixture_manager.sources.values()] == [8, 8, 8]
             assert {"batch", "domain_ids", "data_collator", "dataset"} <= kwargs.keys()
             assert len(self.seen) == 2 * step_id
             return np.array([loss for loss, _ in self.seen[-2:]] + [1.0])

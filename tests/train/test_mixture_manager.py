@@ -6,6 +6,7 @@ import logging
 import math
 import tracemalloc
 
+import datasets
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -184,6 +185,15 @@ def test_what_mixers_read():
     mixture.set_proportions([2, 1, 1])
     assert mixture.probs.tolist() == mixture.proportions.tolist() == [0.5, 0.25, 0.25]
     assert mixture.initial_proportions.tolist() == pytest.approx([1 / 3] * 3)
+
+
+@pytest.mark.parametrize("make", [datasets.Dataset.from_list, list])
+def test_mixers_may_look_at_the_rows_of_each_domain(make):
+    ids = np.array([2, 0, 0, 1, 2, 2])
+    mixture = MixtureManager(NAMES, domain_ids=ids, dataset=make([{"domain": int(domain), "row": row} for row, domain in enumerate(ids)]))
+    assert {name: [(row["domain"], row["row"]) for row in source] for name, source in mixture.sources.items()} == {
+        name: [(domain, int(row)) for row in np.flatnonzero(ids == domain)] for domain, name in enumerate(NAMES)
+    }
 
 
 def test_rows_in_domain_order_need_no_table():

@@ -7,10 +7,12 @@ been through, so its position is one integer and no row comes up twice before ev
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import cached_property
 from typing import Any, Literal, get_args
 
 import numpy as np
 from numpy.typing import ArrayLike
+from torch.utils.data import Subset
 
 from dataflex.errors import ComponentError, ConfigError, Problem, ResumeError, listing, nearest
 from dataflex.functional.mixing import interleave, proportions, quotas
@@ -22,7 +24,7 @@ MixtureUnit = Literal["sample", "token"]
 
 
 class MixtureManager:
-    """The mixture and each domain's position in it. Mixers read `names`, `k`, `sizes`, `proportions` and `initial_proportions`.
+    """The mixture and each domain's position in it. Mixers read `names`, `k`, `sizes`, `proportions`, `initial_proportions`, `sources`.
 
     Attributes:
         names: names of the domains.
@@ -46,6 +48,7 @@ class MixtureManager:
         initial_proportions: ArrayLike | None = None,
         mixture_unit: MixtureUnit = "sample",
         mean_tokens: ArrayLike | None = None,
+        dataset: Any = None,
         seed: int = 0,
     ):
         """
@@ -54,11 +57,12 @@ class MixtureManager:
             domain_ids: otherwise the domain, 0 to k - 1, of every row.
             initial_proportions: of rule `mixture`; equal when not given.
             mean_tokens: mean tokens of a sample of each domain (k,), for unit `token`.
+            dataset: what the rows are of, for `sources`.
 
         Raises:
             ConfigError: one of these is not as described, or a domain has no rows.
         """
-        self.names, self.k, self.seed = list(names), len(names), int(seed)
+        self.names, self.k, self.seed, self.dataset = list(names), len(names), int(seed), dataset
         self.sample_rule = _choice("mixture_sample_rule", sample_rule, SampleRule)
         self.mixture_unit = _choice("mixture_unit", mixture_unit, MixtureUnit)
         self.sizes, self._table = self._layout(sizes, domain_ids)
@@ -142,6 +146,14 @@ class MixtureManager:
         """All rows of a domain, ascending."""
         start, stop = int(self._starts[domain]), int(self._starts[domain] + self.sizes[domain])
         return np.arange(start, stop) if self._table is None else self._table[start:stop].astype(np.int64)
+
+    @cached_property
+    def sources(self) -> dict[str, Any]:
+        """Each domain's rows as a data set of its own, by name: a view, not a copy."""
+        rows = {name: self.domain_indices(domain) for domain, name in enumerate(self.names)}
+        if hasattr(self.dataset, "select"):
+            return {name: self.dataset.select(part) for name, part in rows.items()}
+        return {name: Subset(self.dataset, part.tolist()) for name, part in rows.items()}
 
     def plan(self, n: int) -> np.ndarray:
         """The next n rows of the data set, int64 (n,), in the order of training. Moves the position.

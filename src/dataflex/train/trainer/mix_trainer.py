@@ -73,6 +73,7 @@ class MixTrainer(PlannedTrainer, LossTrainer):
             initial_proportions=config.init_mixture_proportions,
             mixture_unit=config.mixture_unit,
             mean_tokens=self.mean_tokens if config.mixture_unit == "token" else None,
+            dataset=self.train_dataset,
             seed=self.args.seed,
         )
 
