@@ -87,6 +87,11 @@ def test_validate_in_a_process_of_its_own(folder):
             {"component_name": "doremi", "component_params": {"reference_model": "nowhere"}},
             "reference_model: 'nowhere' is not valid",
         ),
+        (
+            {"component_name": "doremi", "component_params": {"reference_model": "data"}},
+            "the folder holds no model: it needs config.json and weights",
+        ),
+        ({"packing": True}, "packing: cannot be combined with train_type: dynamic_mix: SFTTrainer packs rows of several domains together"),
         ({"domain_column": "topic"}, "domain_column: 'data/rows.jsonl' has no column 'topic' in its first row"),
     ],
 )
@@ -95,6 +100,28 @@ def test_mistakes_are_found_before_training(folder, changes, message):
     result = run_cli("validate", "config.yaml")
     assert result.exit_code == 2
     assert message in result.stderr
+
+
+def test_a_mixture_that_stays_uses_no_component(folder):
+    write_config(folder, **{**MIX, "component_name": "doremi", "static_mix": True, "component_params": {"reference_model": "nowhere"}})
+    result = run_cli("validate", "config.yaml")
+    assert "component_name: doremi is not used: static_mix keeps the mixture" in result.stdout
+    train()
+    assert {event["component"] for event in mixtures()} == {"static"}
+    assert not (folder / "out/dataflex/doremi_weights.json").exists()
+
+
+def test_a_mixer_without_an_entry_is_told_what_it_lacks(folder):
+    lines = [
+        "import dataflex",
+        "@dataflex.register_mixer('entryless')",
+        "class Entryless(dataflex.Mixer):",
+        "    def mix(self, *args, **kwargs): ...",
+    ]
+    (folder / "own.py").write_text("\n".join(lines))
+    write_config(folder, **{**MIX, "component_name": "entryless"}, plugins=["own.py"])
+    result = run_cli("validate", "config.yaml")
+    assert "It is registered: give it an entry there, mixers: {entryless: {params: {}}}." in result.stderr
 
 
 def test_a_run_mixes_data_sets(folder):
@@ -114,12 +141,32 @@ def test_domains_from_a_column(folder):
     assert mixtures()[0]["domains"] == {"a": 2, "b": 2}
 
 
-def test_a_row_without_a_domain_is_refused(folder):
-    write_rows(folder / "data/rows.jsonl", [{**row, **({"topic": "a"} if k < 9 else {})} for k, row in enumerate(ROWS)])
+def test_a_column_with_one_value_is_nothing_to_mix(folder):
+    write_rows(folder / "data/rows.jsonl", [{**row, "topic": "a"} for row in ROWS])
     write_config(folder, **{**MIX, "dataset": "rows"}, domain_column="topic")
     result = run_cli("train", "config.yaml")
     assert result.exit_code == 2
-    assert "domain_column: 'topic' is empty in 3 of 12 rows of 'rows'" in result.stderr
+    assert "in the training data, and there is only a" in result.stderr
+
+
+def test_a_row_without_a_domain_is_refused(folder):
+    write_rows(folder / "data/rows.jsonl", [{**row, **({"topic": "a"} if k < 9 else {})} for k, row in enumerate(ROWS)])
+    write_config(folder, **{**MIX, "dataset": "rows"}, domain_column="topic")
+    for command in ("validate", "train"):
+        result = run_cli(command, "config.yaml")
+        assert result.exit_code == 2
+        assert "domain_column: 'topic' is empty in 3 of 12 rows of 'rows'" in result.stderr
+
+
+def test_proportions_must_fit_the_values_of_a_column(folder):
+    write_rows(folder / "data/rows.jsonl", [{**row, "topic": "abc"[k % 3]} for k, row in enumerate(ROWS)])
+    write_config(folder, **{**MIX, "dataset": "rows", "init_mixture_proportions": [1, 1]}, domain_column="topic")
+    result = run_cli("validate", "config.yaml")
+    assert result.exit_code == 2
+    assert "init_mixture_proportions: has 2 numbers and there are 3 domains: a, b, c" in result.stderr
+    write_config(folder, **{**MIX, "dataset": "rows", "init_mixture_proportions": [0.5, 0.3, 0.2]}, domain_column="topic")
+    text = run_cli("validate", "config.yaml").stdout
+    assert "a 4 rows, b 4 rows, c 4 rows" in text and "a 0.5, b 0.3, c 0.2" in text
 
 
 @pytest.mark.slow
@@ -138,11 +185,20 @@ def test_doremi_runs_its_three_steps_and_goes_on_from_the_last_finished_one(fold
     assert "reference: finished before" in again.stdout and again.exit_code == 0
     assert (folder / "out/reference/all_results.json").stat().st_mtime_ns == before
     assert (folder / "out/final/all_results.json").is_file()
+    changed = run_cli("doremi", "config.yaml", "train_step=3", "seed=5")
+    assert changed.exit_code == 2
+    assert "train_step: is 3, but out/reference was trained with 2; name another output_dir" in changed.stderr
+    assert "seed: is 5, but out/reference was trained with left out" in changed.stderr
 
 
 def test_doremi_needs_a_file_for_mixing(folder):
     result = run_cli("doremi", "config.yaml")
     assert result.exit_code == 2 and "train_type: must be dynamic_mix, not dynamic_weight" in result.stderr
+
+
+def write_mixture(folder, proportions, unit="token"):
+    event = {"step": 0, "event": "mixture", "unit": unit, "samples": 100, "proportions": proportions}
+    (folder / "dataflex/events.jsonl").write_text(json.dumps(event) + "\n")
 
 
 @pytest.fixture
@@ -153,8 +209,7 @@ def runs(tmp_path):
     for number, share in enumerate(rng.uniform(0, 1, 24)):
         folder = tmp_path / f"run{number}"
         (folder / "dataflex").mkdir(parents=True)
-        counts = {"a": round(1000 * share), "b": 1000 - round(1000 * share)}
-        (folder / "dataflex/events.jsonl").write_text(json.dumps({"step": 0, "event": "mixture", "domains": counts}) + "\n")
+        write_mixture(folder, {"a": share, "b": 1 - share} if number % 2 == 0 else {"b": 1 - share, "a": share})
         (folder / "all_results.json").write_text(json.dumps({"eval_loss": 2 + (share - 0.7) ** 2}))
         folders.append(str(folder))
     return folders
@@ -166,7 +221,7 @@ def test_regmix_finds_the_best_mixture(runs, tmp_path):
     found = json.loads((tmp_path / "found.json").read_text())
     assert found["proportions"]["a"] == pytest.approx(0.7, abs=0.03)
     assert found["spearman_held_out"] > 0.9 and found["runs"] == 24
-    assert "init_mixture_proportions: [0." in result.stdout
+    assert "mixture_unit: token\ninit_mixture_proportions: [0." in result.stdout and "wrote " in result.stdout
 
 
 def test_regmix_names_what_is_wrong(runs, tmp_path):
@@ -174,5 +229,11 @@ def test_regmix_names_what_is_wrong(runs, tmp_path):
     assert result.exit_code == 2
     assert "nowhere: is not a finished run with dynamic_mix" in result.stderr
     assert "eval_los: is not in all_results.json, which has eval_loss" in result.stderr
+    write_mixture(Path(runs[1]), {"a": 1, "b": 1}, unit="sample")
+    write_mixture(Path(runs[2]), {"a": 1, "c": 1})
+    refused = run_cli("offline", "regmix", *runs[:3]).stderr
+    assert "mixture_unit: is sample; that of the runs before it token" in refused and "mixes a, c; the runs before it a, b" in refused
+    write_mixture(Path(runs[1]), {"a": 1, "b": 1})
+    write_mixture(Path(runs[2]), {"a": 1, "b": 1})
     assert "needs at least 10 runs" in run_cli("offline", "regmix", *runs[:5]).stderr
     assert "--prior: has 3 numbers and there are 2 domains: a, b" in run_cli("offline", "regmix", *runs, "--prior", "1,1,1").stderr

@@ -200,7 +200,13 @@ def test_per_domain_losses_and_proportions_are_logged(tmp_path):
 
 @pytest.mark.parametrize(
     ("answer", "message"),
-    [([0.5, 0.5], "cannot be changed"), ([1, -1, 1], "cannot be changed"), ([math.nan, 1, 1], "cannot be changed"), ([0, 0, 0], "cannot be changed")],
+    [
+        ({"a": 1}, "mix must return 3 numbers, not dict"),
+        ([0.5, 0.5], "cannot be changed"),
+        ([1, -1, 1], "cannot be changed"),
+        ([math.nan, 1, 1], "cannot be changed"),
+        ([0, 0, 0], "cannot be changed"),
+    ],
 )
 def test_wrong_proportions_stop_the_run(tmp_path, answer, message):
     Listening.answer, Listening.told = answer, []
@@ -326,6 +332,28 @@ def test_doremi_clips_token_by_token(tmp_path):
     component.observe(torch.tensor([2.0, 0.0, math.nan]), torch.tensor([0, 0, 1]), ctx=trainer, inputs={})
     component.end_step(trainer)
     assert component.excess.tolist() == [0.5, 0.0, 0.0]  # excess +1 and -1 is half, not nothing; a loss that is no number decides nothing
+
+
+def test_doremi_needs_a_reference_with_the_same_vocabulary(tmp_path):
+    tiny_model(vocab_size=270).save_pretrained("other")
+    with pytest.raises(ComponentError, match="has a vocabulary of 270, the model one of 261: not the same tokenizer"):
+        run({**SPEC, "component": "doremi", "params": {"reference_model": "other"}}, tmp_path)
+
+
+def test_static_rules_set_in_after_the_warm_up(tmp_path, caplog):
+    dataflex = {**SPEC["dataflex"], "init_mixture_proportions": [0.5, 0.25, 0.25]}
+    for rule, expected in {"initial": [0.5, 0.25, 0.25], "uniform": [1 / 3] * 3, "size": [8 / 24] * 3}.items():
+        run({**SPEC, "component": "static", "params": {"rule": rule}, "dataflex": dataflex}, tmp_path / rule)
+        first, *later = [list(event["proportions"].values()) for event in mixtures(tmp_path / rule)]
+        assert first == [0.5, 0.25, 0.25] and later == [pytest.approx(expected)] * 3
+    with caplog.at_level("WARNING", "dataflex"):
+        run({**SPEC, "component": "static", "params": {"rule": "unimax", "max_epochs": 0.5}}, tmp_path / "unimax")
+    assert "the run takes 28 samples, and max_epochs: 0.5 allows 12" in caplog.text
+
+
+def test_a_mixture_that_stays_takes_no_mixer(tmp_path):
+    with pytest.raises(ConfigError, match="static_mix: keeps the mixture, so AdoMixer would decide nothing"):
+        ready_made(AdoMixer(), tmp_path, static_mix=True)
 
 
 def test_doremi_needs_its_reference(tmp_path):

@@ -11,6 +11,7 @@ A backend is a module of this package with
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
@@ -33,6 +34,7 @@ class Sizes(NamedTuple):
         fixed: optimizer steps when the file sets them, else 0.
         steps: optimizer steps of ordinary training, None if not known.
         packed: whether rows are packed, so that there will be fewer.
+        domains: names of the domains, if known.
     """
 
     rows: int | None
@@ -42,6 +44,7 @@ class Sizes(NamedTuple):
     fixed: int
     steps: int | None
     packed: bool = False
+    domains: Sequence[str] = ()
 
 
 def for_scoring(config: DataflexConfig, cache_dir: Path) -> DataflexConfig:

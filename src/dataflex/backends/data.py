@@ -633,7 +633,7 @@ def _encode(
     parts: list[datasets.Dataset] = []
     dropped: Counter[str] = Counter()
     problems = []
-    domains = _domains(specs, max_samples)
+    domains = find_domains(specs, max_samples)
     for domain_id, (name, spec, raw) in enumerate(domains):
         rows = _map(raw, partial(encode_row, spec=spec, domain_id=domain_id), num_proc, f"Tokenising {name}")
         troubles = list(rows["trouble"])
@@ -651,7 +651,7 @@ def _encode(
     return Encoded(concatenate_datasets(parts), [name for name, _, _ in domains], dict(dropped))
 
 
-def _domains(specs: Sequence[DatasetSpec], max_samples: int | None) -> list[tuple[str, DatasetSpec, datasets.Dataset]]:
+def find_domains(specs: Sequence[DatasetSpec], max_samples: int | None) -> list[tuple[str, DatasetSpec, datasets.Dataset]]:
     """Name, spec and raw rows of each domain: a data set, or the rows of a data set with one value in its column of the role `domain`.
 
     Raises:

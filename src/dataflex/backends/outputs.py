@@ -32,6 +32,11 @@ def library_versions() -> dict[str, str]:
     return versions
 
 
+def recorded_settings(run: RunFile) -> dict[str, Any]:
+    """What `dataflex/run.yaml` says of a run."""
+    return {**run.dataflex.model_dump(exclude_unset=True), **run.backend}
+
+
 def start_output_dir(run: RunFile, output_dir: str, *, seed: int, overwrite: bool) -> None:
     """Write `dataflex/run.yaml`, which replays the run; with `overwrite` delete an earlier run's checkpoints and records first.
 
@@ -41,7 +46,6 @@ def start_output_dir(run: RunFile, output_dir: str, *, seed: int, overwrite: boo
     if overwrite:
         for path in [*folder.glob("checkpoint-*"), *(path for path in (folder / "dataflex").glob("*") if path.name != "cache")]:
             shutil.rmtree(path) if path.is_dir() else path.unlink()
-    settings = {**run.dataflex.model_dump(exclude_unset=True), **run.backend}
     metadata = {
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": shlex.join(sys.argv),
@@ -50,7 +54,7 @@ def start_output_dir(run: RunFile, output_dir: str, *, seed: int, overwrite: boo
         "seed": seed,
         "versions": library_versions(),
     }
-    text = yaml.safe_dump({**settings, METADATA_KEY: metadata}, sort_keys=False, allow_unicode=True)
+    text = yaml.safe_dump({**recorded_settings(run), METADATA_KEY: metadata}, sort_keys=False, allow_unicode=True)
     write_text_atomically(
         folder / "dataflex" / "run.yaml", f"# Run it again with: dataflex-cli train {folder}/dataflex/run.yaml output_dir=...\n{text}"
     )

@@ -14,7 +14,7 @@ from typing import Any
 from pydantic import TypeAdapter, ValidationError
 
 from dataflex.backends import Sizes
-from dataflex.backends.data import DOMAIN_ROLE, DatasetSpec, find_datasets, load_rows
+from dataflex.backends.data import DOMAIN_ROLE, DatasetSpec, find_datasets, find_domains, load_rows
 from dataflex.backends.options import NOT_HONOURED, WITHOUT_EFFECT, TrlOptions
 from dataflex.backends.templates import resolve_template
 from dataflex.configs.loading import RunFile, checked
@@ -95,6 +95,9 @@ def check(run: RunFile) -> Checked | None:
     if options.model_name_or_path != _ABSENT:
         _check_model(options, run)
     _check_adapter(options, run)
+    if run.dataflex.train_type == "dynamic_mix" and options.stage == "sft" and (options.packing or options.neat_packing):
+        key = "packing" if options.packing else "neat_packing"
+        run.add(key, "cannot be combined with train_type: dynamic_mix: SFTTrainer packs rows of several domains together; packed text is stage: pt")
     before = len(run.problems)
     _check_schedule(options, trainer_keys, run)
     if len(run.problems) == before and len(trainer_keys) == len(rest) and "output_dir" in rest:
@@ -363,8 +366,9 @@ def summary(run: RunFile, checked: Checked) -> tuple[list[tuple[str, str]], Size
     from dataflex.backends.trl import held_out_rows
 
     config, keys, options = run.dataflex, checked.trainer_keys, checked.options
-    rows = sum(len(load_rows(spec, options.max_samples)) for spec in checked.train)
     with run.locating():
+        domains = find_domains(checked.train, options.max_samples)
+        rows = sum(len(part) for _, _, part in domains)
         train_rows = rows - held_out_rows(rows, options.val_size)
     eval_rows = rows - train_rows if options.val_size else sum(len(load_rows(spec, options.max_samples)) for spec in checked.evaluation)
     world = int(os.environ.get("WORLD_SIZE", "1"))
@@ -375,8 +379,18 @@ def summary(run: RunFile, checked: Checked) -> tuple[list[tuple[str, str]], Size
     lines = [
         ("model", f"{options.model_name_or_path}, {options.finetuning_type}, stage {options.stage}"),
         ("data", f"{', '.join(options.dataset)}: {train_rows} rows"),
+        *([("domains", ", ".join(f"{name} {len(part)} rows" for name, _, part in domains))] if options.domain_column else []),
         ("evaluation data", ", ".join(options.eval_dataset) or (f"{rows - train_rows} rows of the above" if options.val_size else "none")),
         ("samples per step", f"{batch} ({world} process{'es' if world > 1 else ''})"),
         ("warmup_steps", f"{warmup} (learning rate; not the same as warmup_step)"),
     ]
-    return lines, Sizes(train_rows, eval_rows, batch, keys.get("num_train_epochs", 3), fixed, _steps(train_rows, batch, keys), bool(packed))
+    return lines, Sizes(
+        rows=train_rows,
+        eval_rows=eval_rows,
+        batch=batch,
+        epochs=keys.get("num_train_epochs", 3),
+        fixed=fixed,
+        steps=_steps(train_rows, batch, keys),
+        packed=bool(packed),
+        domains=[name for name, _, _ in domains],
+    )

@@ -6,11 +6,15 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import typer
+import yaml
 
+from dataflex.backends.outputs import recorded_settings
 from dataflex.cli.plan import check_run
+from dataflex.configs.loading import METADATA_KEY
 from dataflex.configs.yaml_files import load_yaml
 from dataflex.core.state import newest_complete_checkpoint
 from dataflex.errors import ConfigError, Problem, TrainingError
@@ -34,10 +38,12 @@ def doremi(config: str, overrides: list[str]) -> None:
     if not _finished(folder, "proxy"):
         _check_all(config, overrides, folder)
     for step in STEPS:
+        settings = [*overrides, f"output_dir={folder / step}", *_settings(step, folder)]
         if _finished(folder, step):
+            _check_unchanged(config, settings, folder / step)
             typer.echo(f"{step}: finished before, in {folder / step}")
             continue
-        settings = [*overrides, f"output_dir={folder / step}", *_settings(step, folder), *_unfinished(folder / step)]
+        settings += _unfinished(folder / step)
         check_run(config, settings)
         typer.echo(f"{step}: dataflex-cli train {config} {' '.join(settings)}")
         done = subprocess.run([sys.executable, "-m", "dataflex.cli", "train", config, *settings], check=False)
@@ -51,6 +57,26 @@ def _finished(folder: Path, step: str) -> bool:
     return (folder / step / "all_results.json").is_file()
 
 
+def _check_unchanged(config: str, settings: list[str], folder: Path) -> None:
+    """A finished step counts only if it was trained with the settings that are asked for now.
+
+    Raises:
+        ConfigError: with every key that differs.
+    """
+    run, _ = check_run(config, [*settings, "overwrite_output_dir=true"])
+    now = yaml.safe_load(yaml.safe_dump(recorded_settings(run)))
+    before = load_yaml(folder / "dataflex" / "run.yaml").values
+    keys = sorted((now.keys() | before.keys()) - {METADATA_KEY, "overwrite_output_dir", "resume_from_checkpoint"})
+    message = f"is {{}}, but {folder} was trained with {{}}; name another output_dir, or delete that folder to train it again"
+    problems = [Problem(config, key, message.format(_told(now, key), _told(before, key))) for key in keys if now.get(key) != before.get(key)]
+    if problems:
+        raise ConfigError(problems)
+
+
+def _told(settings: dict[str, Any], key: str) -> str:
+    return repr(settings[key]) if key in settings else "left out"
+
+
 def _unfinished(folder: Path) -> list[str]:
     """How to go on with a step that was interrupted."""
     found, _ = newest_complete_checkpoint(folder)
@@ -59,10 +85,13 @@ def _unfinished(folder: Path) -> list[str]:
 
 def _check_all(config: str, overrides: list[str], folder: Path) -> None:
     """Look for mistakes in the later steps before the first one trains; what it leaves behind is not there yet."""
-    here = [f"component_params.reference_model={Path(config).resolve().parent}", "component_name=doremi"]
     equal = [*_FIXED, "mixture_sample_rule=mixture", "mixture_unit=token"]
-    for step, settings in (("reference", _FIXED), ("proxy", here), ("final", equal)):
-        check_run(config, [*overrides, f"output_dir={folder / step}", *settings, "overwrite_output_dir=true"])
+    with TemporaryDirectory() as stand_in:
+        for name in ("config.json", "model.safetensors"):
+            (Path(stand_in) / name).touch()
+        proxy = [f"component_params.reference_model={stand_in}", "component_name=doremi"]
+        for step, settings in (("reference", _FIXED), ("proxy", proxy), ("final", equal)):
+            check_run(config, [*overrides, f"output_dir={folder / step}", *settings, "overwrite_output_dir=true"])
 
 
 _FIXED = ["static_mix=true", "component_name=null", "component_params={}"]

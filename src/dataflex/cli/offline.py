@@ -125,10 +125,18 @@ def _regmix(folders: list[Path], metric: str, output: Path, prior: str | None, s
     runs = read_runs(folders, metric)
     found = fit(runs, numbers, seed)
     shares = dict(zip(runs.names, (round(float(share), 6) for share in found.proportions), strict=True))
-    told = {"metric": metric, "runs": found.num_runs, "predicted": found.predicted_loss, "spearman_held_out": found.spearman}
+    told = {
+        "mixture_unit": runs.unit,
+        "metric": metric,
+        "runs": found.num_runs,
+        "predicted": found.predicted_loss,
+        "spearman_held_out": found.spearman,
+    }
     write_json_atomically(output, {"proportions": shares, **told})
     typer.echo(f"{found.num_runs} runs; rank correlation of predicted and measured {metric} on held-out runs: {found.spearman:.2f}")
+    typer.echo(f"mixture_unit: {runs.unit}")
     typer.echo(f"init_mixture_proportions: [{', '.join(f'{share:.6f}' for share in shares.values())}]  # {', '.join(shares)}")
+    typer.echo(f"wrote {output}")
 
 
 def _guarded(method: str, config: str, overrides: list[str] | None, output: Path, settings: dict[str, Any], debug: bool) -> None:

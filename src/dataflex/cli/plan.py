@@ -13,7 +13,7 @@ from dataflex.configs.schema import COMPONENT_KIND
 from dataflex.core.plugins import load_builtin_components, load_plugins
 from dataflex.core.registry import REGISTRY, check_parameters, uses_eval_dataset
 from dataflex.core.schedule import WITHOUT_END, Interval, Schedule, stage_length, total_steps
-from dataflex.errors import ComponentError, ConfigError
+from dataflex.errors import ComponentError, ConfigError, Problem
 from dataflex.train.trainer.by_type import AVAILABLE
 
 
@@ -38,7 +38,7 @@ def _check_component(run: RunFile) -> None:
     config = run.dataflex
     if config.train_type != "static":
         _check_domains(run)
-    if config.train_type == "static" or config.component_name is None:
+    if config.train_type == "static" or config.component_name is None or config.keeps_mixture:
         return
     if config.train_type not in AVAILABLE:
         run.add("train_type", f"{config.train_type} is not available in this version; allowed: {', '.join(AVAILABLE)}")
@@ -70,16 +70,24 @@ def _check_component(run: RunFile) -> None:
 
 
 def _check_domains(run: RunFile) -> None:
-    given, names = run.dataflex.init_mixture_proportions, _domain_names(run)
+    names = [] if run.backend.get("domain_column") else _dataset_names(run)  # a column's values are known once the rows are read
     for name in dict.fromkeys(name for name in names if names.count(name) > 1):
         run.add("dataset", f"names '{name}' more than once")
     if run.dataflex.train_type != "dynamic_mix":
         return
-    if given is not None and names and len(given) != len(names):
-        run.add("init_mixture_proportions", f"has {len(given)} numbers and there are {len(names)} domains: {', '.join(names)}")
+    if problem := _misfit(run, names):
+        run.add("init_mixture_proportions", problem)
     if len(names) == 1:
         column = ", or the column that tells domains apart with domain_column" if backend_name(run.dataflex.backend) == "trl" else ""
         run.add("dataset", f"is one data set, so there is nothing to mix: name several{column}")
+
+
+def _misfit(run: RunFile, domains: Sequence[str]) -> str:
+    """What is wrong with the number of proportions."""
+    given = run.dataflex.init_mixture_proportions
+    if given is None or not domains or len(given) == len(domains):
+        return ""
+    return f"has {len(given)} numbers and there are {len(domains)} domains: {', '.join(domains)}"
 
 
 def _references(run: RunFile) -> dict[str, str]:
@@ -138,7 +146,9 @@ def _select_lines(run: RunFile, sizes: Sizes) -> list[tuple[str, str]]:
 def _mix_lines(run: RunFile, sizes: Sizes) -> list[tuple[str, str]]:
     config = run.dataflex
     (cls, params), schedule = _component(run), _schedule(run, sizes)
-    names = _domain_names(run)
+    names = sizes.domains or _dataset_names(run)
+    if problem := _misfit(run, names):
+        raise ConfigError(Problem(run.where("init_mixture_proportions"), "init_mixture_proportions", problem))
     lines = [_steps_line(schedule.total_steps if schedule else None, sizes), _component_line(run)]
     if config.mixture_sample_rule == "mixture":
         given = config.init_mixture_proportions or [1.0] * len(names)
@@ -149,7 +159,8 @@ def _mix_lines(run: RunFile, sizes: Sizes) -> list[tuple[str, str]]:
     else:
         lines.append(("mixture", {"stratified": "by size of the domains", "uniform": "equal"}[config.mixture_sample_rule]))
     if config.static_mix:
-        return [*lines, ("boundaries", "none: the mixture stays")]
+        unused = f"component_name: {config.component_name} is not used: static_mix keeps the mixture"
+        return [*lines, ("boundaries", "none: the mixture stays"), *([("note", unused)] if config.component_name else [])]
     if schedule is None:
         lines.append(("boundaries", "until training ends; counted once the rows are tokenised"))
     else:
@@ -162,11 +173,9 @@ def _mix_lines(run: RunFile, sizes: Sizes) -> list[tuple[str, str]]:
     return [*lines, ("extra cost", "; ".join(cls.costs(params)) or "none: losses come from the training forward")]
 
 
-def _domain_names(run: RunFile) -> list[str]:
-    """The domains as far as the file tells: data sets, unless a column tells domains apart."""
+def _dataset_names(run: RunFile) -> list[str]:
     names = run.backend.get("dataset") or []
-    names = [name.strip() for name in names.split(",")] if isinstance(names, str) else list(names)
-    return [] if run.backend.get("domain_column") else names
+    return [name.strip() for name in names.split(",")] if isinstance(names, str) else list(names)
 
 
 def _schedule(run: RunFile, sizes: Sizes) -> Schedule | None:
@@ -228,15 +237,16 @@ def _component(run: RunFile) -> tuple[Any, dict[str, Any]]:
     """The component's class and parameters."""
     load_builtin_components()  # a mixture that stays has no component_name, so nothing has asked for them yet
     config = run.dataflex
-    kind, name = COMPONENT_KIND[config.train_type], config.component_name or "static"
+    kind, name = COMPONENT_KIND[config.train_type], config.algorithm
+    assert name is not None
     entry = component_entry(kind, name, config.components_cfg_file, run.folder, _references(run))
-    return REGISTRY.get(kind, name), {**entry.params, **(config.component_params if config.component_name else {})}
+    return REGISTRY.get(kind, name), {**entry.params, **({} if config.keeps_mixture else config.component_params)}
 
 
 def _component_line(run: RunFile) -> tuple[str, str]:
     _, params = _component(run)
     settings = ", ".join(f"{key}={value}" for key, value in params.items())
-    return "train type", f"{run.dataflex.train_type}, {run.dataflex.component_name or 'static'}{f' ({settings})' if settings else ''}"
+    return "train type", f"{run.dataflex.train_type}, {run.dataflex.algorithm}{f' ({settings})' if settings else ''}"
 
 
 _LINES = {"static": _static_lines, "dynamic_weight": _weight_lines, "dynamic_select": _select_lines, "dynamic_mix": _mix_lines}

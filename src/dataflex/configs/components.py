@@ -10,6 +10,7 @@ from typing import Any
 
 from dataflex.configs.schema import COMPONENT_BUCKETS, PACKAGED_COMPONENTS
 from dataflex.configs.yaml_files import YamlContent, load_yaml
+from dataflex.core.registry import REGISTRY
 from dataflex.errors import ConfigError, Problem, listing, nearest
 
 _BUCKETS = [*COMPONENT_BUCKETS.values(), "reorderers", "pipelines"]
@@ -71,7 +72,8 @@ def component_entry(kind: str, name: str, path: str, base: Path | None = None, s
     if not isinstance(bucket, dict):
         problems.append(Problem(content.where(file, bucket_name), bucket_name, f"must be a mapping of names to components, not {bucket!r}"))
     elif name not in bucket and not (problems and not bucket):  # a misspelt kind is reported already
-        message = f"{bucket_name} '{name}' not found in {file}.{nearest(name, bucket)} Available: {listing(bucket)}"
+        missing = f" It is registered: give it an entry there, {bucket_name}: {{{name}: {{params: {{}}}}}}." if name in REGISTRY.names(kind) else ""
+        message = f"{bucket_name} '{name}' not found in {file}.{missing or nearest(name, bucket)} Available: {listing(bucket)}"
         problems.append(Problem("", "component_name", message))
     elif name in bucket:
         problems += _entry_problems(file, content, f"{bucket_name}.{name}", bucket[name])

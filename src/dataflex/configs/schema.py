@@ -91,6 +91,11 @@ class DataflexConfig(BaseModel):
         """Whether the run mixes by its initial proportions throughout."""
         return self.train_type == "dynamic_mix" and self.static_mix
 
+    @property
+    def algorithm(self) -> str | None:
+        """The component that the run has, whatever `component_name` says: a mixture that stays needs none."""
+        return "static" if self.keeps_mixture else self.component_name
+
     def _mixture_problems(self) -> list[str]:
         given, problems = self.init_mixture_proportions, []
         if given is not None and (not all(math.isfinite(p) and p >= 0 for p in given) or not sum(given) > 0):

@@ -18,11 +18,13 @@ class Runs(NamedTuple):
 
     Attributes:
         names: the domains.
-        mixtures: share of each domain in the samples drawn (runs, k).
+        unit: what the mixtures count, `sample` or `token`.
+        mixtures: mean proportions of each run (runs, k).
         losses: of each run (runs,).
     """
 
     names: list[str]
+    unit: str
     mixtures: np.ndarray
     losses: np.ndarray
 
@@ -34,41 +36,43 @@ def read_runs(folders: Sequence[Path], metric: str) -> Runs:
         metric: a key of `all_results.json`, such as eval_loss or eval_wiki_loss.
 
     Raises:
-        ConfigError: every run that cannot be read, or has other domains than the first.
+        ConfigError: every run that cannot be read, or has other domains or another unit than the first.
     """
-    problems, names, mixtures, losses = [], None, [], []
+    names: list[str] = []
+    units: list[str] = []
+    problems, mixtures, losses = [], [], []
     for folder in folders:
         try:
-            counts = _samples(folder)
+            unit, mixture = _mean_mixture(folder)
             results = json.loads((folder / "all_results.json").read_text(encoding="utf-8"))
         except (OSError, ValueError, KeyError) as error:
             problems.append(Problem(str(folder), "", f"is not a finished run with dynamic_mix: {error}"))
             continue
-        names = names or list(counts)
-        if list(counts) != names:
-            problems.append(Problem(str(folder), "", f"mixes {listing(counts)}; the runs before it {listing(names)}"))
+        names, units = names or list(mixture), units or [unit]
+        if mixture.keys() != set(names):
+            problems.append(Problem(str(folder), "", f"mixes {listing(mixture)}; the runs before it {listing(names)}"))
+        elif unit != units[0]:
+            problems.append(Problem(str(folder), "mixture_unit", f"is {unit}; that of the runs before it {units[0]}"))
         elif metric not in results:
             measured = [key for key in results if key.endswith("loss")]
             problems.append(Problem(str(folder), metric, f"is not in all_results.json, which has {listing(measured)}"))
         else:
-            total = sum(counts.values())
-            mixtures.append([count / total for count in counts.values()])
+            mixtures.append([mixture[name] for name in names])
             losses.append(float(results[metric]))
     if problems:
         raise ConfigError(problems)
-    return Runs(names or [], np.array(mixtures), np.array(losses))
+    return Runs(names, (units or ["sample"])[0], np.array(mixtures), np.array(losses))
 
 
-def _samples(folder: Path) -> dict[str, int]:
-    """Samples drawn from each domain in the whole run."""
+def _mean_mixture(folder: Path) -> tuple[str, dict[str, float]]:
+    """What a run's proportions count, and their mean over its samples."""
     lines = (folder / "dataflex" / "events.jsonl").read_text(encoding="utf-8").splitlines()
-    found: dict[str, int] = {}
-    for event in map(json.loads, lines):
-        for name, count in event["domains"].items() if event["event"] == "mixture" else []:
-            found[name] = found.get(name, 0) + count
-    if not found:
+    events = [event for event in map(json.loads, lines) if event["event"] == "mixture"]
+    total = sum(event["samples"] for event in events)
+    if not total:
         raise ValueError("dataflex/events.jsonl holds no mixture")
-    return found
+    names = events[0]["proportions"]
+    return events[0]["unit"], {name: sum(event["proportions"][name] * event["samples"] for event in events) / total for name in names}
 
 
 def fit(runs: Runs, prior: Sequence[float] | None, seed: int) -> RegmixResult:

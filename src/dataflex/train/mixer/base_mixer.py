@@ -70,9 +70,6 @@ class Mixer(ABC):
     def prepare(self) -> None:
         """Called when a ready-made mixer has been given the run's `mixture_manager`: size what depends on the domains."""
 
-    def begin(self, ctx: Any) -> None:
-        """Called once before the first step of a run, on all ranks."""
-
     def token_weights(self, ctx: Any) -> torch.Tensor | None:
         """Weight of each domain's tokens in the loss (k,), scaled to mean 1 over the optimizer step's tokens; None: all count equally.
 

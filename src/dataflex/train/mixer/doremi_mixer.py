@@ -18,14 +18,23 @@ from typing import Annotated, Any
 import numpy as np
 import torch
 from annotated_types import Ge, Gt, Le
-from pydantic import DirectoryPath
+from pydantic import AfterValidator, DirectoryPath
 
 from dataflex.core.registry import register_mixer
+from dataflex.errors import ComponentError
 from dataflex.functional.mixing import doremi_excess, doremi_token_weights, doremi_update
 from dataflex.train.mixer.base_mixer import Mixer
+from dataflex.train.trainer.hosts import causal_lm
 from dataflex.train.trainer.token_losses import losses_from_logits
 from dataflex.utils.distributed import sum_over_ranks
 from dataflex.utils.files import write_json_atomically, write_text_atomically
+
+
+def _model_folder(path: Path) -> Path:
+    described = any((path / name).is_file() for name in ("config.json", "adapter_config.json"))
+    if not described or not (any(path.glob("*.safetensors")) or any(path.glob("*.bin"))):
+        raise ValueError("the folder holds no model: it needs config.json and weights (*.safetensors or *.bin)")
+    return path
 
 
 @register_mixer("doremi")
@@ -36,7 +45,7 @@ class DoremiMixer(Mixer):
         self,
         mixture_manager: Any = None,
         *,
-        reference_model: DirectoryPath,
+        reference_model: Annotated[DirectoryPath, AfterValidator(_model_folder)],
         eta: Annotated[float, Gt(0)] = 1.0,
         smoothing: Annotated[float, Ge(0), Le(1)] = 1e-3,
         **kwargs: Any,
@@ -129,5 +138,8 @@ def _load(folder: Path, ctx: Any) -> Any:
 
     dtype = next((p.dtype for p in ctx.model.parameters() if p.is_floating_point()), None)
     attention = getattr(ctx.model.config, "_attn_implementation", None)
-    model = AutoModelForCausalLM.from_pretrained(str(folder), dtype=dtype, attn_implementation=attention).to(ctx.args.device).eval()
-    return model.requires_grad_(False)
+    model = AutoModelForCausalLM.from_pretrained(str(folder), dtype=dtype, attn_implementation=attention)
+    sizes = [config.get_text_config().vocab_size for config in (model.config, causal_lm(ctx).config)]
+    if sizes[0] != sizes[1]:
+        raise ComponentError(f"the reference model in {folder} has a vocabulary of {sizes[0]}, the model one of {sizes[1]}: not the same tokenizer")
+    return model.to(ctx.args.device).eval().requires_grad_(False)

@@ -139,10 +139,10 @@ class DynamicTrainer(Trainer):
     def _build_component(self) -> tuple[Any, dict[str, Any]]:
         config, kind = self.dataflex, COMPONENT_KIND[self.train_type]
         load_plugins(config.plugins)
-        name = config.component_name or "static"  # a mixture that no component decides on
-        in_file = component_params(kind, name, config.components_cfg_file, substitute={"output_dir": str(self.args.output_dir)})
-        params = {**in_file, **(config.component_params if config.component_name else {})}
-        return REGISTRY.build(kind, name, runtime=self._runtime(), cfg=params), params
+        assert config.algorithm is not None
+        in_file = component_params(kind, config.algorithm, config.components_cfg_file, substitute={"output_dir": str(self.args.output_dir)})
+        params = {**in_file, **({} if config.keeps_mixture else config.component_params)}
+        return REGISTRY.build(kind, config.algorithm, runtime=self._runtime(), cfg=params), params
 
     def _runtime(self) -> dict[str, Any]:
         """Live objects that a component may ask for."""

@@ -62,8 +62,9 @@ class MixTrainer(PlannedTrainer, LossTrainer):
     @cached_property
     def mixture_manager(self) -> MixtureManager:
         """The mixture, and the position in each domain."""
-        if self.domains is None or not self.domain_names:
-            message = "mixing needs domains: several data sets, domain_column, or a column domain_id of whole numbers in the training data"
+        if self.domains is None or len(self.domain_names) < 2:
+            found = f", and there is only {self.domain_names[0]}" if self.domain_names else ""
+            message = f"mixing needs domains: several data sets, domain_column, or a column domain_id of whole numbers in the training data{found}"
             raise ConfigError(Problem("", "train_type", message))
         config = self.dataflex
         return MixtureManager(
@@ -89,6 +90,11 @@ class MixTrainer(PlannedTrainer, LossTrainer):
         """Each domain's share (k,) of the tokens that the current mixture draws."""
         return proportions(self.mixture_manager.sample_proportions * self.mean_tokens, self.mixture_manager.k)
 
+    def _adopt(self, component: Any) -> tuple[Any, dict[str, Any]]:
+        if self.dataflex.static_mix:
+            raise ConfigError(Problem("", "static_mix", f"keeps the mixture, so {type(component).__name__} would decide nothing; leave one out"))
+        return super()._adopt(component)
+
     def _runtime(self) -> dict[str, Any]:
         return {**super()._runtime(), "mixture_manager": self.mixture_manager}
 
@@ -106,13 +112,18 @@ class MixTrainer(PlannedTrainer, LossTrainer):
     def _next_rows(self, interval: Interval, number: int) -> np.ndarray:
         step = self.state.global_step
         self.component.step_id = step
-        if step == 0 and hasattr(self.component, "begin"):
-            self.component.begin(self)
         if not interval.is_warmup and not self.dataflex.static_mix:
             decided = self._mix(interval)
-            own = np.asarray(decided, dtype=np.float64) if self.accelerator.is_main_process else np.zeros(0)
+            own = self._as_array(decided) if self.accelerator.is_main_process else np.zeros(0)
             self.mixture_manager.set_proportions(broadcast_array(own))
         return self.mixture_manager.plan(number)
+
+    def _as_array(self, decided: Any) -> np.ndarray:
+        try:
+            return np.asarray(decided, dtype=np.float64)
+        except (TypeError, ValueError):
+            message = f"{type(self.component).__name__}.mix must return {self.mixture_manager.k} numbers, not {type(decided).__name__}"
+            raise ComponentError(message) from None
 
     def _mix(self, interval: Interval) -> Any:
         offered = {
@@ -148,7 +159,8 @@ class MixTrainer(PlannedTrainer, LossTrainer):
         self.events.write(
             self.state.global_step,
             "mixture",
-            component=self.dataflex.component_name,
+            component=self.dataflex.algorithm,
+            unit=self.dataflex.mixture_unit,
             kind="warm-up" if interval.is_warmup else "mixture",
             stage=interval.stage,
             update=interval.update,
