@@ -188,7 +188,7 @@ def test_doremi_runs_its_three_steps_and_goes_on_from_the_last_finished_one(fold
     changed = run_cli("doremi", "config.yaml", "train_step=3", "seed=5")
     assert changed.exit_code == 2
     assert "train_step: is 3, but out/reference was trained with 2; name another output_dir" in changed.stderr
-    assert "seed: is 5, but out/reference was trained with left out" in changed.stderr
+    assert "seed: is 5, but out/reference was trained without it" in changed.stderr
 
 
 def test_doremi_needs_a_file_for_mixing(folder):

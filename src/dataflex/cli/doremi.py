@@ -67,14 +67,15 @@ def _check_unchanged(config: str, settings: list[str], folder: Path) -> None:
     now = yaml.safe_load(yaml.safe_dump(recorded_settings(run)))
     before = load_yaml(folder / "dataflex" / "run.yaml").values
     keys = sorted((now.keys() | before.keys()) - {METADATA_KEY, "overwrite_output_dir", "resume_from_checkpoint"})
-    message = f"is {{}}, but {folder} was trained with {{}}; name another output_dir, or delete that folder to train it again"
-    problems = [Problem(config, key, message.format(_told(now, key), _told(before, key))) for key in keys if now.get(key) != before.get(key)]
+    problems = []
+    for key in keys:
+        if now.get(key) != before.get(key):
+            new = f"is {now[key]!r}" if key in now else "is left out"
+            old = f"with {before[key]!r}" if key in before else "without it"
+            message = f"{new}, but {folder} was trained {old}; name another output_dir, or delete that folder to train it again"
+            problems.append(Problem(config, key, message))
     if problems:
         raise ConfigError(problems)
-
-
-def _told(settings: dict[str, Any], key: str) -> str:
-    return repr(settings[key]) if key in settings else "left out"
 
 
 def _unfinished(folder: Path) -> list[str]:
