@@ -324,6 +324,9 @@ def test_ado_updates_that_come_less_often_count_every_step():
     state = ado_step(state, LAWS, 200, drawn[2:], HALVES)
     assert state.steps == 3
     assert_allclose(state.average, HALVES * 2 / 3 + rho / 3)
+    before = state
+    state = ado_step(state, LAWS, 300, drawn[:2], HALVES)
+    assert_allclose(state.average, before.average * 3 / 5 + before.preference * 2 / 5)
 
 
 @pytest.mark.parametrize("points", [50, 300, 10_000])

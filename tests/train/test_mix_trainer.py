@@ -459,7 +459,7 @@ def test_a_changed_batch_size_cuts_the_plan_to_whole_steps(tmp_path):
     rows = Rows(trainer)
     trainer.train(resume_from_checkpoint=changed["resume"])
     assert trainer.state.global_step == 7
-    assert {len(drawn) for step, drawn in rows.steps.items() if step > 2} == {6}
+    assert {len(drawn) for step, drawn in rows.steps.items() if step >= 2} == {6}
 
 
 def test_a_plan_for_other_data_cannot_be_resumed(tmp_path):
@@ -470,11 +470,21 @@ def test_a_plan_for_other_data_cannot_be_resumed(tmp_path):
         train({**changed, "resume": str(tmp_path / "checkpoint-2")}, tmp_path)
 
 
-def test_ado_sees_shares_in_the_unit_of_the_mixture(tmp_path):
+def rows_of_unequal_length():
     """Domain 0 has rows of 4 tokens, the others of 16."""
     domains = [tiny_rows(8, seed=k, lengths=(length, length), masked=0) for k, length in enumerate((4, 16, 16))]
-    rows = [row for several in zip(*domains, strict=True) for row in several]
-    trainer = ready_made(AdoMixer(start_step=0, refit_step=2), tmp_path, rows, mixture_unit="token", warmup_step=0)
+    return [row for several in zip(*domains, strict=True) for row in several]
+
+
+def test_by_size_means_rows_in_either_unit(tmp_path):
+    for unit in ("sample", "token"):
+        ready_made(StaticMixer(rule="size"), tmp_path / unit, rows_of_unequal_length(), mixture_unit=unit).train()
+        drawn = [list(event["domains"].values()) for event in mixtures(tmp_path / unit)]
+        assert np.sum(drawn, 0).tolist() == [8, 8, 8]  # all have eight rows
+
+
+def test_ado_sees_shares_in_the_unit_of_the_mixture(tmp_path):
+    trainer = ready_made(AdoMixer(start_step=0, refit_step=2), tmp_path, rows_of_unequal_length(), mixture_unit="token", warmup_step=0)
     assert trainer.component.prior == pytest.approx(np.array([3, 15, 15]) / 33)
     trainer.train()
     drawn = np.array([[event["domains"][str(k)] for k in range(3)] for event in mixtures(tmp_path)[:-1]]) * [3, 15, 15]

@@ -101,7 +101,7 @@ def _check_rows(keys: dict[str, Any], run: RunFile) -> None:
         run.add("streaming", f"cannot be combined with train_type: {kind}: DataFlex needs to know the rows of the data")
     if kind == "dynamic_mix" and keys.get("mix_strategy", "concat") != "concat":
         run.add("mix_strategy", "cannot be combined with train_type: dynamic_mix, which mixes the data sets itself; leave it out")
-    if kind == "dynamic_mix" and "tokenized_path" in keys:
+    if kind == "dynamic_mix" and keys.get("tokenized_path"):
         run.add("tokenized_path", "cannot be combined with train_type: dynamic_mix: its rows do not tell which data set they are from")
     val_size = keys.get("val_size", 0)
     if kind != "static" and isinstance(val_size, (int, float)) and val_size > 1 and len(_names(keys.get("dataset"))) > 1:
