@@ -150,13 +150,13 @@ def time_boundaries(number: int, samples: int, boundaries: int) -> None:
         trainer = _trainer(tiny_model(), many_short_rows(number), out, samples // batch, **arguments)
         trainer.get_train_dataloader()
         trainer.create_optimizer_and_scheduler(int(trainer.args.max_steps))
-        trainer._started = time.perf_counter()
+        trainer._dataflex.started = time.perf_counter()
         gc.collect()
         ctypes.CDLL("libc.so.6").malloc_trim(0)
         Path("/proc/self/clear_refs").write_text("5")  # sets the peak to the present size
         before, cpu, wall = _status("VmRSS"), [], []
         for interval in trainer.schedule.intervals():
-            trainer.state.global_step, trainer._stream.row = interval.start, len(trainer._stream.plan)
+            trainer.state.global_step, trainer._dataflex.stream.row = interval.start, len(trainer._dataflex.stream.plan)
             start = time.perf_counter(), time.process_time()
             trainer._decide()
             wall.append(time.perf_counter() - start[0])

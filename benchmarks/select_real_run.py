@@ -19,7 +19,8 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from dataflex.backends.data import encode_sft, find_datasets
+from dataflex.backends.datasets.encode import encode_sft
+from dataflex.backends.datasets.find import find_datasets
 
 ARMS = {
     "static": ["train_type=static"],

@@ -9,7 +9,11 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from dataflex.backends.data import DatasetSpec, Encoded, encode_sft, encode_text, find_datasets, load_rows, to_messages
+from dataflex.backends.datasets.conversations import to_messages
+from dataflex.backends.datasets.encode import Encoded, encode_sft, encode_text
+from dataflex.backends.datasets.find import find_datasets
+from dataflex.backends.datasets.rows import load_rows
+from dataflex.backends.datasets.spec import DatasetSpec
 from dataflex.errors import ConfigError
 from dataflex.testing.tiny import tiny_tokenizer
 

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dataflex.backends import for_scoring
-from dataflex.backends.data import DatasetSpec, Encoded, encode_sft, encode_text
+from dataflex.backends.datasets.encode import Encoded, encode_sft, encode_text
+from dataflex.backends.datasets.spec import DatasetSpec
 from dataflex.backends.options import TrlOptions
 from dataflex.backends.templates import resolve_template
 from dataflex.backends.trl_checks import Checked, check, model_path, resume_value, summary

@@ -14,7 +14,10 @@ from typing import Any
 from pydantic import TypeAdapter, ValidationError
 
 from dataflex.backends import Sizes
-from dataflex.backends.data import DOMAIN_ROLE, DatasetSpec, find_datasets, find_domains, load_rows
+from dataflex.backends.datasets.encode import find_domains
+from dataflex.backends.datasets.find import find_datasets
+from dataflex.backends.datasets.rows import load_rows
+from dataflex.backends.datasets.spec import DOMAIN_ROLE, DatasetSpec
 from dataflex.backends.options import NOT_HONOURED, WITHOUT_EFFECT, TrlOptions
 from dataflex.backends.templates import resolve_template
 from dataflex.configs.loading import RunFile, checked

@@ -32,6 +32,7 @@ from dataflex.train.data.index_stream import IndexedRows, IndexStream, PlanStrea
 from dataflex.train.data.sample_meta import DOMAIN_COLUMN, KeyedCollator, MetaCollator, column_values
 from dataflex.train.trainer import hosts
 from dataflex.train.trainer.metrics import BoundaryMetrics, WeightMetrics
+from dataflex.train.trainer.run_state import RunState
 from dataflex.utils.distributed import gather_rows
 from dataflex.utils.logging import logger
 from dataflex.utils.seeding import derive_seed, isolated_rng
@@ -96,20 +97,53 @@ class DynamicTrainer(Trainer):
         """
         settings = dataflex if isinstance(dataflex, dict) else dataflex.model_dump(exclude_unset=True)
         name = settings.get("component_name") or (type(component).__name__ if component is not None else None)
-        self.dataflex = DataflexConfig(**{**settings, "train_type": self.train_type, "component_name": name})
+        self._dataflex = RunState()
+        self._dataflex.config = DataflexConfig(**{**settings, "train_type": self.train_type, "component_name": name})
         super().__init__(*args, **kwargs)
         self._refuse_unsupported()
         self._apply_train_step()
-        self._resume: Path | None = None
-        self._pending: dict[str, Any] | None = None
-        self._batches: Iterator[Any] | None = None
-        self.domains = self._read_domains(domain_names)
-        self.domain_names = list(domain_names or self._domain_numbers())
-        self.metrics = self._make_metrics()
-        self.events = EventLog(str(self.args.output_dir), active=self.accelerator.is_main_process)
-        self.component, self.component_settings = self._adopt(component) if component is not None else self._build_component()
+        self._dataflex.domains = self._read_domains(domain_names)
+        self._dataflex.domain_names = list(domain_names or self._domain_numbers())
+        self._dataflex.metrics = self._make_metrics()
+        self._dataflex.events = EventLog(str(self.args.output_dir), active=self.accelerator.is_main_process)
+        made = self._adopt(component) if component is not None else self._build_component()
+        self._dataflex.component, self._dataflex.component_settings = made
         values, tensors = self._component_state()
-        self._first_state = copy.deepcopy({**values, **tensors})
+        self._dataflex.first_state = copy.deepcopy({**values, **tensors})
+
+    # ---------------------------------------------------------------- what components and users may read
+
+    @property
+    def dataflex(self) -> DataflexConfig:
+        """The settings."""
+        config: DataflexConfig = self._dataflex.config
+        return config
+
+    @property
+    def component(self) -> Any:
+        """The algorithm."""
+        return self._dataflex.component
+
+    @property
+    def domains(self) -> np.ndarray | None:
+        """Domain of every row of the training data (N,), or None."""
+        return self._dataflex.domains
+
+    @property
+    def domain_names(self) -> list[str]:
+        """Names of the domains."""
+        return self._dataflex.domain_names
+
+    @property
+    def metrics(self) -> Any:
+        """What is added to the next log line."""
+        return self._dataflex.metrics
+
+    @property
+    def events(self) -> EventLog:
+        """`output_dir/dataflex/events.jsonl`."""
+        events: EventLog = self._dataflex.events
+        return events
 
     # ---------------------------------------------------------------- set-up
 
@@ -188,11 +222,11 @@ class DynamicTrainer(Trainer):
 
     def get_train_dataloader(self) -> DataLoader:
         loader = super().get_train_dataloader()
-        self._stream: Any = self._make_stream(loader)
+        self._dataflex.stream = self._make_stream(loader)
         workers = self.args.dataloader_num_workers
-        self._loader: DataLoader[Any] = DataLoader(
+        self._dataflex.loader = DataLoader(
             IndexedRows(loader.dataset, self.args.seed),
-            batch_sampler=RankBatches(self._stream, self.accelerator.process_index, self.accelerator.num_processes),
+            batch_sampler=RankBatches(self._dataflex.stream, self.accelerator.process_index, self.accelerator.num_processes),
             collate_fn=self._make_collator(loader),
             num_workers=workers,
             pin_memory=self.args.dataloader_pin_memory and torch.cuda.is_available(),
@@ -200,11 +234,11 @@ class DynamicTrainer(Trainer):
             persistent_workers=workers > 0,
             generator=torch.Generator().manual_seed(self.args.seed),  # otherwise iterating draws from the global one
         )
-        self._batches = None
-        self._settings = self._settings_for_resume(loader.dataset)
+        self._dataflex.batches = None
+        self._dataflex.settings = self._settings_for_resume(loader.dataset)
         self._component_state()  # a state that cannot be saved is better known before the first step
-        if self._resume is not None:
-            self._restore(self._resume)
+        if self._dataflex.resume is not None:
+            self._restore(self._dataflex.resume)
         else:
             self._rewind(0)
             self._start_over()
@@ -245,20 +279,20 @@ class DynamicTrainer(Trainer):
         return loader
 
     def get_batch_samples(self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device) -> tuple[list[Any], Any]:
-        if self._pending is not None:  # only now has the Trainer reset what it forgets on resume
-            hosts.restore_logging_state(self, self._pending["loss"], self._pending["last_logged"])
-            hosts.restore_host_state(self, self._pending["host"])
-            self._pending = None
+        if self._dataflex.pending is not None:  # only now has the Trainer reset what it forgets on resume
+            hosts.restore_logging_state(self, self._dataflex.pending["loss"], self._dataflex.pending["last_logged"])
+            hosts.restore_host_state(self, self._dataflex.pending["host"])
+            self._dataflex.pending = None
         batches, num_items = super().get_batch_samples(self._next_batches(num_batches), num_batches, device)
         self._describe(batches, device)
         return batches, num_items
 
     def _next_batches(self, number: int) -> Iterator[Any]:
-        if self._batches is None:
-            self._batches = iter(self._loader)
+        if self._dataflex.batches is None:
+            self._dataflex.batches = iter(self._dataflex.loader)
         for _ in range(number):
-            batch = next(self._batches)
-            self._stream.advance()
+            batch = next(self._dataflex.batches)
+            self._dataflex.stream.advance()
             yield batch
 
     def _describe(self, batches: list[dict[str, Any]], device: torch.device) -> None:
@@ -272,13 +306,13 @@ class DynamicTrainer(Trainer):
         super().log(logs, *args, **kwargs)
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
-        self._resume = self._resolve_checkpoint(resume_from_checkpoint)
-        if self._resume is not None:
-            load_state(self._resume)  # fail before anything is set up
+        self._dataflex.resume = self._resolve_checkpoint(resume_from_checkpoint)
+        if self._dataflex.resume is not None:
+            load_state(self._dataflex.resume)  # fail before anything is set up
             self.args.ignore_data_skip = False  # skipping is free here, and without it the host counts epochs anew
         elif hasattr(self.component, "load_state_dict"):
-            self.component.load_state_dict(copy.deepcopy(self._first_state))  # a second call starts like the first
-        return super().train(str(self._resume) if self._resume else None, *args, **kwargs)
+            self.component.load_state_dict(copy.deepcopy(self._dataflex.first_state))  # a second call starts like the first
+        return super().train(str(self._dataflex.resume) if self._dataflex.resume else None, *args, **kwargs)
 
     def _resolve_checkpoint(self, requested: str | bool | None) -> Path | None:
         if not requested:
@@ -298,7 +332,7 @@ class DynamicTrainer(Trainer):
         return {
             **own,
             "component": f"{type(self.component).__module__}.{type(self.component).__qualname__}",
-            "component_params": self.component_settings,
+            "component_params": self._dataflex.component_settings,
             "dataset rows": len(dataset),
             "dataset content": dataset_fingerprint(dataset),
             "evaluation data": self._evaluation_fingerprint(),
@@ -327,7 +361,7 @@ class DynamicTrainer(Trainer):
         logged = hosts.logging_state(self)
         losses = gather_rows(torch.tensor([logged["loss"]], dtype=torch.float64))[:, 0].tolist()
         values, tensors = self._component_state()
-        position, plan = _split(self._stream.state_dict())
+        position, plan = _split(self._dataflex.stream.state_dict())
         own, own_tensors = _split(self._own_state())
         state = {
             "global_step": self.state.global_step,
@@ -341,7 +375,7 @@ class DynamicTrainer(Trainer):
                 "metrics": self.metrics.merged(),
                 "host": hosts.host_state(self),
             },
-            "settings": self._settings,
+            "settings": self._dataflex.settings,
         }
         named = [(owner, part) for owner, part in (("component", tensors), ("stream", plan), ("trainer", own_tensors))]
         return state, {f"{owner}/{name}": tensor for owner, part in named for name, tensor in part.items()}
@@ -379,10 +413,10 @@ class DynamicTrainer(Trainer):
             owner: {name.removeprefix(f"{owner}/"): t for name, t in tensors.items() if name.startswith(f"{owner}/")}
             for owner in ("component", "stream", "trainer")
         }
-        self._stream.load_state_dict({**state["stream"], **of["stream"]})
+        self._dataflex.stream.load_state_dict({**state["stream"], **of["stream"]})
         self._load_own_state({**state["trainer"], **of["trainer"]})
-        self._pending = state["pending"]
-        self.metrics.restore(self._pending["metrics"], self.args.device, keep=self.accelerator.is_main_process)
+        self._dataflex.pending = state["pending"]
+        self.metrics.restore(self._dataflex.pending["metrics"], self.args.device, keep=self.accelerator.is_main_process)
         self._rewind(state["global_step"])
         if hasattr(self.component, "load_state_dict"):
             moved = {name: value.to(self.args.device) if name in state["on device"] else value for name, value in of["component"].items()}
@@ -394,10 +428,10 @@ class DynamicTrainer(Trainer):
 
     def _start_over(self) -> None:
         """Forget what an earlier `train` left in memory."""
-        self.metrics = self._make_metrics()
+        self._dataflex.metrics = self._make_metrics()
 
     def _refuse_changed(self, checkpoint: Path, before: dict[str, Any]) -> None:
-        changed = [f"{name} was {before.get(name)!r}, now {value!r}" for name, value in self._settings.items() if before.get(name) != value]
+        changed = [f"{name} was {before.get(name)!r}, now {value!r}" for name, value in self._dataflex.settings.items() if before.get(name) != value]
         if not changed:
             return
         message = f"{checkpoint} belongs to another run: " + "; ".join(changed)

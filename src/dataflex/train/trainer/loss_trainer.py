@@ -51,10 +51,6 @@ class LossTrainer(DynamicTrainer):
 
     own_settings: ClassVar[tuple[str, ...]] = ("loss_normalization", "project_targets_only")
 
-    def __init__(self, *args: Any, **kwargs: Any):
-        self._step: OptimizerStep | None = None
-        super().__init__(*args, **kwargs)
-
     def _unsupported(self) -> list[str]:
         return [*super()._unsupported(), *hosts.unsupported_loss(self)]
 
@@ -69,16 +65,17 @@ class LossTrainer(DynamicTrainer):
             )
         # `full` fills on the device; `tensor` would copy from the CPU and wait for the GPU to catch up.
         totals = [torch.full((), int(total), dtype=torch.int64, device=device) for total in (samples.sum(), targets.sum())]
-        self._step = OptimizerStep(batches, metas, samples, targets, num_samples=totals[0], num_targets=totals[1])
+        self._dataflex.step = OptimizerStep(batches, metas, samples, targets, num_samples=totals[0], num_targets=totals[1])
 
     # ---------------------------------------------------------------- the optimizer step under way
 
     @property
     def step(self) -> OptimizerStep:
         """The optimizer step under way."""
-        if self._step is None:
+        if self._dataflex.step is None:
             raise TrainingError("there is no optimizer step under way")
-        return self._step
+        step: OptimizerStep = self._dataflex.step
+        return step
 
     @property
     def sample_ids(self) -> torch.Tensor:

@@ -44,20 +44,16 @@ class MixTrainer(PlannedTrainer, LossTrainer):
     )
 
     def __init__(self, *args: Any, **kwargs: Any):
-        self._in_step = False
-        self._history: list[torch.Tensor] = []  # (k, 4) of every optimizer step since the last decision, this rank's part
-        self._current: torch.Tensor | None = None
         super().__init__(*args, **kwargs)
         if not callable(getattr(self.component, "mix", None)):
             raise ComponentError(f"{type(self.component).__name__} is no mixer: derive it from dataflex.Mixer")
-        self._reweights = getattr(type(self.component), "token_weights", Mixer.token_weights) is not Mixer.token_weights
-        self._domain_weights: torch.Tensor | None = None
-        self._first_mixture = self.mixture_manager.state_dict()
+        self._dataflex.reweights = getattr(type(self.component), "token_weights", Mixer.token_weights) is not Mixer.token_weights
+        self._dataflex.first_mixture = self.mixture_manager.state_dict()
 
     def _start_over(self) -> None:
         super()._start_over()
-        self.mixture_manager.load_state_dict(self._first_mixture)
-        self._history, self._current = [], None
+        self.mixture_manager.load_state_dict(self._dataflex.first_mixture)
+        self._dataflex.history, self._dataflex.current = [], None
 
     @cached_property
     def mixture_manager(self) -> MixtureManager:
@@ -134,8 +130,8 @@ class MixTrainer(PlannedTrainer, LossTrainer):
             "tokenizer": self.processing_class,
             "data_collator": self.data_collator,
             "dataset": self.train_dataset,
-            "domain_ids": None if self._step is None else self._step.metas[-1].domain_ids,
-            "batch": None if self._step is None else self._step.batches[-1],
+            "domain_ids": None if self._dataflex.step is None else self._dataflex.step.metas[-1].domain_ids,
+            "batch": None if self._dataflex.step is None else self._dataflex.step.batches[-1],
         }
         parameters = inspect.signature(self.component.mix).parameters
         if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
@@ -143,12 +139,12 @@ class MixTrainer(PlannedTrainer, LossTrainer):
         return self.component.mix(self.model_wrapped, self.state.global_step, **offered)
 
     def _drain_history(self) -> DomainLosses:
-        history, self._history = self._reduced_history(), []
+        history, self._dataflex.history = self._reduced_history(), []
         return DomainLosses(*np.moveaxis(history.numpy(), -1, 0))
 
     def _reduced_history(self) -> torch.Tensor:
         """(steps, k, 4) over all ranks, on the CPU. All ranks must call."""
-        own = torch.stack(self._history).cpu() if self._history else torch.zeros(0, self.mixture_manager.k, 4, dtype=torch.float64)
+        own = torch.stack(self._dataflex.history).cpu() if self._dataflex.history else torch.zeros(0, self.mixture_manager.k, 4, dtype=torch.float64)
         return gather_rows(own).sum(0)
 
     def _record(self, interval: Interval, rows: np.ndarray, before: np.ndarray, seconds: float) -> None:
@@ -174,7 +170,7 @@ class MixTrainer(PlannedTrainer, LossTrainer):
 
     def _describe(self, batches: list[dict[str, Any]], device: torch.device) -> None:
         super()._describe(batches, device)
-        self._domain_weights = self._scaled_weights(device) if self._reweights else None
+        self._dataflex.domain_weights = self._scaled_weights(device) if self._dataflex.reweights else None
 
     def _scaled_weights(self, device: torch.device) -> torch.Tensor | None:
         """The mixer's weight of each domain's tokens (k,), scaled to mean 1 over the target tokens of the optimizer step on all ranks."""
@@ -190,11 +186,11 @@ class MixTrainer(PlannedTrainer, LossTrainer):
         return weights * (tokens.sum() / (weights * tokens).sum())
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
-        self._in_step = True
+        self._dataflex.in_step = True
         try:
             loss = super().training_step(model, inputs, num_items_in_batch)
         finally:
-            self._in_step = False
+            self._dataflex.in_step = False
         self._tell_peers_mixer(loss)
         self.step.position += 1
         if self.step.position == len(self.step.batches):
@@ -202,12 +198,12 @@ class MixTrainer(PlannedTrainer, LossTrainer):
         return loss
 
     def compute_loss(self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None) -> Any:
-        if not self._in_step:
+        if not self._dataflex.in_step:
             return super().compute_loss(model, inputs, return_outputs=return_outputs, num_items_in_batch=num_items_in_batch)
         tokens = self._token_losses(model, inputs, num_items_in_batch)
         micro = self._micro_step(tokens, self.step.meta)
         losses, domains = self._observe(tokens, inputs)
-        weights = torch.ones_like(losses) if self._domain_weights is None else self._domain_weights[domains].to(losses)
+        weights = torch.ones_like(losses) if self._dataflex.domain_weights is None else self._dataflex.domain_weights[domains].to(losses)
         loss = micro.weight_tokens(weights) * self._host_divisor(num_items_in_batch)
         return (loss, None) if return_outputs else loss
 
@@ -226,20 +222,20 @@ class MixTrainer(PlannedTrainer, LossTrainer):
             member = nn.functional.one_hot(sample_domains, k).double() * finite[:, None]
             rows = torch.stack([means * counts, counts.double(), means, torch.ones_like(means)], 1)
             found = member.T @ rows  # a product, not scattered sums: the same bits every time
-            self._current = found if self._current is None else self._current + found
+            self._dataflex.current = found if self._dataflex.current is None else self._dataflex.current + found
         domains = sample_domains.repeat_interleave(counts, output_size=meta.num_targets)
         if hasattr(self.component, "observe"):
             self.component.observe(losses, domains, ctx=self, inputs=inputs)
         return losses, domains
 
     def _end_step(self) -> None:
-        if self._current is None:
-            self._current = torch.zeros(self.mixture_manager.k, 4, dtype=torch.float64, device=self.args.device)
+        if self._dataflex.current is None:
+            self._dataflex.current = torch.zeros(self.mixture_manager.k, 4, dtype=torch.float64, device=self.args.device)
         assert isinstance(self.metrics, DomainMetrics)
-        self.metrics.add(self._current)
+        self.metrics.add(self._dataflex.current)
         if not self.dataflex.static_mix:
-            self._history.append(self._current)
-        self._current = None
+            self._dataflex.history.append(self._dataflex.current)
+        self._dataflex.current = None
         if hasattr(self.component, "end_step"):
             self.component.end_step(self)
 
@@ -275,4 +271,4 @@ class MixTrainer(PlannedTrainer, LossTrainer):
     def _load_own_state(self, state: dict[str, Any]) -> None:
         self.mixture_manager.load_state_dict(state["mixture"])
         history = state["history"] if self.accelerator.is_main_process else torch.zeros_like(state["history"])
-        self._history, self._current = list(history.to(self.args.device)), None
+        self._dataflex.history, self._dataflex.current = list(history.to(self.args.device)), None

@@ -44,11 +44,6 @@ class PlannedTrainer(DynamicTrainer):
 
     own_settings: ClassVar[tuple[str, ...]] = ("update_step", "update_times")
 
-    def __init__(self, *args: Any, **kwargs: Any):
-        self._seconds = 0.0
-        self._started: float | None = None
-        super().__init__(*args, **kwargs)
-
     def _adopt(self, component: Any) -> tuple[Any, dict[str, Any]]:
         for name, value in self._runtime().items():
             if getattr(component, name, value) is None:
@@ -56,6 +51,12 @@ class PlannedTrainer(DynamicTrainer):
         if hasattr(component, "prepare"):
             component.prepare()
         return super()._adopt(component)
+
+    @property
+    def schedule(self) -> Schedule:
+        """When there are decisions; known once training starts."""
+        schedule: Schedule = self._dataflex.schedule
+        return schedule
 
     @property
     def samples_per_step(self) -> int:
@@ -67,10 +68,10 @@ class PlannedTrainer(DynamicTrainer):
 
     def _restore(self, checkpoint: Path) -> None:
         super()._restore(checkpoint)
-        self._stream.cut(self.samples_per_step)  # with allow_changed_resume a step may hold another number of rows than before
+        self._dataflex.stream.cut(self.samples_per_step)  # with allow_changed_resume a step may hold another number of rows than before
 
     def _refuse_changed(self, checkpoint: Path, before: dict[str, Any]) -> None:
-        changed = [name for name in ("dataset rows", "dataset content") if before.get(name) != self._settings[name]]
+        changed = [name for name in ("dataset rows", "dataset content") if before.get(name) != self._dataflex.settings[name]]
         if changed and self.dataflex.allow_changed_resume:
             raise ResumeError(
                 f"{checkpoint} holds a plan of rows of another data set ({', '.join(changed)} changed); it cannot be resumed with this one"
@@ -85,7 +86,7 @@ class PlannedTrainer(DynamicTrainer):
         steps_per_pass = -(-rows // self.samples_per_step)
         periods = self._periods(steps_per_pass)
         stage = stage_length(*periods, steps_per_pass)
-        self.schedule = Schedule(*periods, total_steps(self.args.num_train_epochs, stage, max(self.args.max_steps, 0)))
+        self._dataflex.schedule = Schedule(*periods, total_steps(self.args.num_train_epochs, stage, max(self.args.max_steps, 0)))
         return DataLoader(
             loader.dataset,
             batch_sampler=_Paces(stage * int(self.args.gradient_accumulation_steps)),
@@ -97,11 +98,11 @@ class PlannedTrainer(DynamicTrainer):
         return self.dataflex.warmup_step, self.dataflex.update_step, self.dataflex.update_times
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
-        self._seconds, self._started = 0.0, time.perf_counter()
+        self._dataflex.seconds, self._dataflex.started = 0.0, time.perf_counter()
         return super().train(*args, **kwargs)
 
     def _next_batches(self, number: int) -> Iterator[Any]:
-        if self._stream.exhausted:
+        if self._dataflex.stream.exhausted:
             self._decide()
         yield from super()._next_batches(number)
 
@@ -112,13 +113,13 @@ class PlannedTrainer(DynamicTrainer):
         number = (interval.start + interval.steps - step) * self.samples_per_step
         with isolated_rng(self.args.seed, "decision", step), self._undisturbed():
             rows = self._next_rows(interval, number)
-        before = self._stream.plan
-        self._stream.set_plan(interval.number, rows)
-        self._batches = None  # an iterator over the new plan
+        before = self._dataflex.stream.plan
+        self._dataflex.stream.set_plan(interval.number, rows)
+        self._dataflex.batches = None  # an iterator over the new plan
         seconds = time.perf_counter() - begun
-        self._seconds += seconds
-        assert isinstance(self.metrics, BoundaryMetrics) and self._started is not None
-        self.metrics.set(decision_seconds=seconds, decision_share_of_time=self._seconds / (time.perf_counter() - self._started))
+        self._dataflex.seconds += seconds
+        assert isinstance(self.metrics, BoundaryMetrics) and self._dataflex.started is not None
+        self.metrics.set(decision_seconds=seconds, decision_share_of_time=self._dataflex.seconds / (time.perf_counter() - self._dataflex.started))
         self._record(interval, rows, before, seconds)
 
     @abstractmethod

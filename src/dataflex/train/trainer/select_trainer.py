@@ -37,8 +37,13 @@ class SelectTrainer(PlannedTrainer):
             name = self.dataflex.component_name
             reason = f"{name} runs the model outside the training step, which FSDP and DeepSpeed shard; use DDP, or a selection made offline"
             raise ConfigError(Problem("", "component_name", reason))
-        self.selections = SelectionLog(str(self.args.output_dir), active=self.accelerator.is_main_process)
-        self._said_repeated = False
+        self._dataflex.selections = SelectionLog(str(self.args.output_dir), active=self.accelerator.is_main_process)
+
+    @property
+    def selections(self) -> SelectionLog:
+        """`output_dir/dataflex/selections/`."""
+        selections: SelectionLog = self._dataflex.selections
+        return selections
 
     def _make_metrics(self) -> BoundaryMetrics:
         return BoundaryMetrics()
@@ -70,8 +75,8 @@ class SelectTrainer(PlannedTrainer):
             chosen = self._select(interval, number)
         own = self._checked(chosen, pool)[:number] if self.accelerator.is_main_process else np.zeros(0, dtype=np.int64)
         rows = broadcast_array(own)
-        if len(rows) < number and not self._said_repeated:
-            self._said_repeated = True
+        if len(rows) < number and not self._dataflex.said_repeated:
+            self._dataflex.said_repeated = True
             logger.warning(
                 "step %d: %d samples are wanted and %d rows chosen, so rows come up %.1f times on average in an interval",
                 step,

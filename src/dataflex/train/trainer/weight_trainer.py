@@ -40,9 +40,6 @@ class WeightTrainer(LossTrainer):
             raise ConfigError(
                 Problem("", "component_name", f"{name} reads hidden states, which FSDP and DeepSpeed shard; use DDP or another component")
             )
-        self._active: tuple[Any, bool] | None = None
-        self._hidden: list[torch.Tensor] = []
-        self._features: torch.Tensor | None = None
 
     def _make_metrics(self) -> WeightMetrics:
         return WeightMetrics(self.domain_names)
@@ -63,16 +60,16 @@ class WeightTrainer(LossTrainer):
 
     def run_training_step(self, weighter: Any, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any, use_weighter: bool) -> torch.Tensor:
         """The host's own training step (autocast, backward, ...) with `weighter` building the loss. What `Weighter.training_step` does."""
-        self._active = (weighter, use_weighter)
+        self._dataflex.active = (weighter, use_weighter)
         try:
             return super().training_step(model, inputs, num_items_in_batch)
         finally:
-            self._active = None
+            self._dataflex.active = None
 
     def compute_loss(self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None) -> Any:
-        if self._active is None:  # evaluation, or a weighter with a training step of its own
+        if self._dataflex.active is None:  # evaluation, or a weighter with a training step of its own
             return super().compute_loss(model, inputs, return_outputs=return_outputs, num_items_in_batch=num_items_in_batch)
-        weighter, use_weighter = self._active
+        weighter, use_weighter = self._dataflex.active
         with self._capturing(weighter if use_weighter else None):
             tokens = self._token_losses(model, inputs, num_items_in_batch)
         micro = self._micro_step(tokens, self.step.meta)
@@ -90,17 +87,17 @@ class WeightTrainer(LossTrainer):
     @property
     def features(self) -> torch.Tensor:
         """Unit feature (n, D) of each sample of the micro-batch, pooled from the training forward. Only for weighters with `needs_features`."""
-        if self._features is None:
-            if not self._hidden:
+        if self._dataflex.features is None:
+            if not self._dataflex.hidden:
                 raise TrainingError(f"{type(self.component).__name__} asks for features but does not set needs_features = True")
-            self._features = pooled_features(self._hidden[0], self.step.meta, self.component.pooling)
-        return self._features
+            self._dataflex.features = pooled_features(self._dataflex.hidden[0], self.step.meta, self.component.pooling)
+        return self._dataflex.features
 
     @contextmanager
     def _capturing(self, weighter: Any) -> Iterator[None]:
-        self._hidden, self._features = [], None
+        self._dataflex.hidden, self._dataflex.features = [], None
         wanted = weighter is not None and weighter.needs_features
-        with captured_hidden_states(hosts.causal_lm(self), self._hidden) if wanted else nullcontext():
+        with captured_hidden_states(hosts.causal_lm(self), self._dataflex.hidden) if wanted else nullcontext():
             yield
 
     def gather_samples(self, values: torch.Tensor) -> torch.Tensor:
