@@ -1,8 +1,14 @@
 """Settings shared by all tests: no network, one thread per worker, nothing printed by the libraries."""
 
+import atexit
 import os
+import shutil
 import sys
+import tempfile
 
+if "DATAFLEX_CACHE" not in os.environ:  # one for all tests of a process and its children, and nothing in the user's own
+    os.environ["DATAFLEX_CACHE"] = tempfile.mkdtemp(prefix="dataflex-test-cache-")
+    atexit.register(shutil.rmtree, os.environ["DATAFLEX_CACHE"], ignore_errors=True)
 os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1", TOKENIZERS_PARALLELISM="false", OMP_NUM_THREADS="1", CUDA_VISIBLE_DEVICES="")
 
 import pytest

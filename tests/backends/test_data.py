@@ -373,7 +373,7 @@ class TestMessages:
 class TestSft:
     def test_single_turn(self, tmp_path, tokenizer):
         encoded = encode_sft([spec_of(tmp_path, [{**ALPACA, "output": "你好 hi"}])], tokenizer, cutoff_len=200)
-        assert encoded.dataset.column_names == ["input_ids", "labels", "domain_id"]
+        assert encoded.dataset.column_names == ["input_ids", "labels", "domain_id", "dataflex_row"]
         assert tokenizer.decode(encoded.dataset[0]["input_ids"]) == "<|im_start|>user\nSay hi<|im_end|>\n<|im_start|>assistant\n你好 hi<|im_end|>\n"
         assert labelled(encoded, tokenizer) == ["你好 hi<|im_end|>\n"]
         assert (encoded.names, encoded.dropped) == (["d"], {})

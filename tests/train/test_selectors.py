@@ -11,6 +11,7 @@ from harness import HOSTS, make_trainer, run, run_in_turn, train
 from transformers import Trainer, TrainingArguments
 
 from dataflex import SelectTrainer
+from dataflex.core.row_numbers import RowNumbers
 from dataflex.errors import ComponentError, ConfigError
 from dataflex.offline.results import save_result
 from dataflex.signals.answers import ifd_scores
@@ -401,7 +402,7 @@ def data():
 
 
 def result(path, method, values, data):
-    save_result(path, method, values, fingerprint=dataset_fingerprint(data), num_rows=len(data), parameters={})
+    save_result(path, method, values, fingerprint=dataset_fingerprint(data), numbers=RowNumbers(None, len(data)), parameters={})
     return {"file": str(path)}
 
 

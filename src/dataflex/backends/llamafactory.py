@@ -9,7 +9,6 @@ from __future__ import annotations
 import copy
 import dataclasses
 import json
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib import import_module
@@ -20,6 +19,7 @@ from dataflex.backends import Sizes, for_scoring
 from dataflex.configs.loading import RunFile
 from dataflex.core.state import newest_complete_checkpoint
 from dataflex.errors import TrainingError, listing, nearest
+from dataflex.utils.launching import planned_processes
 
 # Module of each stage's workflow, and the name under which it finds its Trainer.
 TRAINERS = {
@@ -140,7 +140,7 @@ def summary(run: RunFile, prepared: Prepared) -> tuple[list[tuple[str, str]], Si
     """What LLaMA-Factory will do. Rows are counted only after tokenising."""
     keys = prepared.keys
     fixed = run.dataflex.train_step or (keys["max_steps"] if keys.get("max_steps", -1) > 0 else 0)
-    world = int(os.environ.get("WORLD_SIZE", "1"))
+    world = planned_processes()
     batch = keys.get("per_device_train_batch_size", 8) * keys.get("gradient_accumulation_steps", 1) * world
     lines = [
         ("backend", "llamafactory"),

@@ -61,7 +61,8 @@ class TrlOptions(BaseModel):
     default_system: str | None = Field(None, description="System message for rows without one.")
     packing: bool | None = Field(None, description="Several samples in a row. Default: off for sft, on for pt.")
     neat_packing: bool = Field(False, description="As `packing`; samples never attend to each other in either.")
-    preprocessing_num_workers: int | None = Field(None, ge=1, description="Processes that tokenise.")
+    preprocessing_num_workers: int | None = Field(None, ge=1, description="Processes that tokenise; left out, one for each core.")
+    overwrite_cache: bool = Field(False, description="Tokenise again although the cache (`$DATAFLEX_CACHE`, else ~/.cache/dataflex) has the rows.")
 
     disable_gradient_checkpointing: bool = Field(False, description="Keep all activations: faster, needs more memory.")
     warmup_ratio: float | None = Field(None, ge=0, le=1, description="Learning-rate warm-up as a share of training; not `warmup_step`.")
@@ -88,7 +89,6 @@ class TrlOptions(BaseModel):
 # Keys of LLaMA-Factory files that change nothing here: accepted, with a note.
 WITHOUT_EFFECT = {
     "do_train": "train always trains",
-    "overwrite_cache": "tokenised rows are not cached",
     "preprocessing_batch_size": "tokenised row by row",
     "use_fast_tokenizer": "the fast tokenizer is used where there is one",
     "logging_dir": "the Trainer no longer has it",

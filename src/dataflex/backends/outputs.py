@@ -16,6 +16,8 @@ import yaml
 
 from dataflex import __version__
 from dataflex.configs.loading import METADATA_KEY, RunFile
+from dataflex.core.row_numbers import RowNumbers
+from dataflex.core.row_table import RowTable
 from dataflex.utils.files import write_text_atomically
 
 LIBRARIES = ("torch", "transformers", "accelerate", "trl", "peft", "datasets")
@@ -70,6 +72,18 @@ def record_run(run: RunFile, *, seed: int, overwrite: bool) -> Any:
                 start_output_dir(run, str(args.output_dir), seed=seed, overwrite=overwrite)
 
     return RecordRun()
+
+
+def record_rows(table: RowTable, numbers: RowNumbers) -> Any:
+    """A callback that leaves `dataflex/rows.parquet` for a static run; DataFlex's own trainers write it themselves."""
+    from transformers import TrainerCallback
+
+    class RecordRows(TrainerCallback):
+        def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if state.is_world_process_zero:
+                table.write(str(args.output_dir), numbers)
+
+    return RecordRows()
 
 
 def finish(trainer: Any, result: Any, *, plot: bool) -> None:

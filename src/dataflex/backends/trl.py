@@ -7,13 +7,17 @@ from collections.abc import Container
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from dataflex.backends import for_scoring
 from dataflex.backends.datasets.encode import Encoded, encode_sft, encode_text
+from dataflex.backends.datasets.packing import pack_conversations
 from dataflex.backends.datasets.spec import DatasetSpec
 from dataflex.backends.options import TrlOptions
 from dataflex.backends.templates import resolve_template
 from dataflex.backends.trl_checks import Checked, check, model_path, resume_value, summary
 from dataflex.configs.loading import RunFile
+from dataflex.core.row_numbers import ROW_COLUMN, RowNumbers
 from dataflex.core.state import newest_complete_checkpoint
 from dataflex.errors import ConfigError, Problem, ResumeError
 from dataflex.utils.logging import logger
@@ -48,7 +52,7 @@ def training_arguments(keys: dict[str, Any], options: TrlOptions | None, run: Ru
     if run.dataflex.train_step:
         values["max_steps"] = run.dataflex.train_step
     packing = options.stage == "sft" and bool(options.packing or options.neat_packing)
-    return SFTConfig(**values, max_length=options.cutoff_len, packing=packing, dataset_kwargs={"skip_prepare_dataset": not packing})
+    return SFTConfig(**values, max_length=options.cutoff_len, packing=packing, dataset_kwargs={"skip_prepare_dataset": True})
 
 
 def _checkpointing(keys: dict[str, Any], *, enabled: bool, names: Container[str]) -> dict[str, Any]:
@@ -70,12 +74,14 @@ def _checkpointing(keys: dict[str, Any], *, enabled: bool, names: Container[str]
 
 def train(run: RunFile, prepared: Checked) -> None:
     """Train, evaluate and write everything into `output_dir`."""
-    from dataflex.backends.outputs import finish, record_run
+    from dataflex.backends.outputs import finish, record_rows, record_run
 
     options = prepared.options
     args = training_arguments(prepared.trainer_keys, options, run)
-    trainer = _assembled(run, prepared, args)
+    trainer, data = _assembled(run, prepared, args)
     trainer.add_callback(record_run(run, seed=args.seed, overwrite=options.overwrite_output_dir))
+    if run.dataflex.train_type == "static":
+        trainer.add_callback(record_rows(data.table, RowNumbers.of_dataset(data.dataset, sources=data.table.sources)))
     result = trainer.train(resume_from_checkpoint=_checkpoint(args, static=run.dataflex.train_type == "static"))
     finish(trainer, result, plot=options.plot_loss)
 
@@ -85,18 +91,18 @@ def scoring_trainer(run: RunFile, prepared: Checked, cache_dir: Path) -> Any:
     args = training_arguments(prepared.trainer_keys, prepared.options, run)
     args.output_dir = str(cache_dir)  # the Trainer makes that folder
     run.dataflex = for_scoring(run.dataflex, cache_dir)
-    return _assembled(run, prepared, args)
+    return _assembled(run, prepared, args)[0]
 
 
-def _assembled(run: RunFile, prepared: Checked, args: SFTConfig) -> Any:
-    """The trainer with its data and model."""
+def _assembled(run: RunFile, prepared: Checked, args: SFTConfig) -> tuple[Any, Encoded]:
+    """The trainer with its data and model, and the data."""
     from transformers import set_seed
 
     tokenizer = load_tokenizer(prepared.options, run)
     with run.locating():
-        train_data, eval_data = load_data(prepared, tokenizer, args.seed)
+        train_data, eval_data = load_data(prepared, tokenizer, args)
         set_seed(args.seed)
-        return make_trainer(run, prepared.options, args, tokenizer, train_data, eval_data)
+        return make_trainer(run, prepared.options, args, tokenizer, train_data, eval_data), train_data
 
 
 def make_trainer(run: RunFile, options: TrlOptions, args: SFTConfig, tokenizer: Any, train_data: Encoded, eval_data: Any) -> Any:
@@ -118,7 +124,8 @@ def make_trainer(run: RunFile, options: TrlOptions, args: SFTConfig, tokenizer: 
     }
     if run.dataflex.train_type == "static":
         return SFTTrainer(**common)
-    return trainer_for(run.dataflex.train_type).over(SFTTrainer)(**common, dataflex=run.dataflex, domain_names=train_data.names)
+    rows = {"domain_names": train_data.names, "row_table": train_data.table}
+    return trainer_for(run.dataflex.train_type).over(SFTTrainer)(**common, **rows, dataflex=run.dataflex)
 
 
 def load_tokenizer(options: TrlOptions, run: RunFile) -> PreTrainedTokenizerBase:
@@ -189,21 +196,40 @@ def _freeze(model: Any, options: TrlOptions) -> None:
         parameter.requires_grad_(extra or any(part in f".{name}" for part in wanted))
 
 
-def load_data(prepared: Checked, tokenizer: Any, seed: int) -> tuple[Encoded, Any]:
+def load_data(prepared: Checked, tokenizer: Any, args: SFTConfig) -> tuple[Encoded, Any]:
     """Tokenised training data, and evaluation data: one data set, one per name, or None."""
     options = prepared.options
-    data = _encode(prepared.train, options, tokenizer)
+    data, evaluation = _encode(prepared.train, options, tokenizer), None
     if options.val_size:
-        return _split(data, options.val_size, seed)
-    if not prepared.evaluation:
-        return data, None
-    if options.eval_on_each_dataset:
-        return data, {spec.name: _encode([spec], options, tokenizer).dataset for spec in prepared.evaluation}
-    return data, _encode(prepared.evaluation, options, tokenizer).dataset
+        data, evaluation = _split(data, options.val_size, args.seed)
+    elif prepared.evaluation and options.eval_on_each_dataset:
+        evaluation = {spec.name: _packed(_encode([spec], options, tokenizer).dataset, args) for spec in prepared.evaluation}
+        return dataclasses.replace(data, dataset=_packed(data.dataset, args)), _without_numbers(evaluation)
+    elif prepared.evaluation:
+        evaluation = _encode(prepared.evaluation, options, tokenizer).dataset
+    data = dataclasses.replace(data, dataset=_packed(data.dataset, args))
+    return data, None if evaluation is None else _without_numbers(_packed(evaluation, args))
+
+
+def _packed(rows: Dataset, args: SFTConfig) -> Dataset:
+    """Rows as SFTTrainer would pack them, which forgets whose they are."""
+    return pack_conversations(rows, args.max_length, args.packing_strategy) if args.packing else rows
+
+
+def _without_numbers(evaluation: Any) -> Any:
+    """Nobody asks for the numbers of evaluation rows."""
+    if isinstance(evaluation, dict):
+        return {name: _without_numbers(part) for name, part in evaluation.items()}
+    return evaluation.remove_columns(ROW_COLUMN)
 
 
 def _encode(specs: list[DatasetSpec], options: TrlOptions, tokenizer: Any) -> Encoded:
-    common: dict[str, Any] = {"cutoff_len": options.cutoff_len, "max_samples": options.max_samples, "num_proc": options.preprocessing_num_workers}
+    common: dict[str, Any] = {
+        "cutoff_len": options.cutoff_len,
+        "max_samples": options.max_samples,
+        "num_proc": options.preprocessing_num_workers,
+        "renew": options.overwrite_cache,
+    }
     if options.stage == "pt":
         encoded = encode_text(specs, tokenizer, pack=options.packing is not False, **common)
     else:
@@ -221,6 +247,7 @@ def _encode(specs: list[DatasetSpec], options: TrlOptions, tokenizer: Any) -> En
 def _split(data: Encoded, val_size: float, seed: int) -> tuple[Encoded, Dataset]:
     rows = len(data.dataset)
     parts = data.dataset.train_test_split(test_size=held_out_rows(rows, val_size), seed=seed)
+    data.table.hold_out(RowNumbers.of_dataset(parts["test"]).of(np.arange(len(parts["test"]))))
     return dataclasses.replace(data, dataset=parts["train"]), parts["test"]
 
 

@@ -11,10 +11,10 @@ import typing
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from pydantic import TypeAdapter, ValidationError
 
 from dataflex.backends import Sizes
-from dataflex.backends.datasets.encode import find_domains
 from dataflex.backends.datasets.find import find_datasets
 from dataflex.backends.datasets.rows import load_rows
 from dataflex.backends.datasets.spec import DOMAIN_ROLE, DatasetSpec
@@ -24,6 +24,8 @@ from dataflex.configs.loading import RunFile, checked
 from dataflex.configs.values import wording
 from dataflex.core.state import load_state, newest_complete_checkpoint
 from dataflex.errors import ConfigError, ResumeError, listing, nearest
+from dataflex.train.data.sample_meta import DOMAIN_COLUMN, column_values
+from dataflex.utils.launching import planned_processes
 
 # SFTConfig fields that this backend sets itself from other keys.
 _DERIVED = {
@@ -366,34 +368,44 @@ def _steps(rows: int, batch: int, keys: dict[str, Any]) -> int:
 
 def summary(run: RunFile, checked: Checked) -> tuple[list[tuple[str, str]], Sizes]:
     """What the run will do, and its sizes."""
-    from dataflex.backends.trl import held_out_rows
+    from dataflex.backends.trl import load_data, load_tokenizer, training_arguments
 
     config, keys, options = run.dataflex, checked.trainer_keys, checked.options
     with run.locating():
-        domains = find_domains(checked.train, options.max_samples)
-        rows = sum(len(part) for _, _, part in domains)
-        train_rows = rows - held_out_rows(rows, options.val_size)
-    eval_rows = rows - train_rows if options.val_size else sum(len(load_rows(spec, options.max_samples)) for spec in checked.evaluation)
-    world = int(os.environ.get("WORLD_SIZE", "1"))
+        args = training_arguments(keys, options, run)
+        data, evaluation = load_data(checked, load_tokenizer(options, run), args)
+    rows, eval_rows = len(data.dataset), _number_of_rows(evaluation)
+    world = planned_processes()
     batch = keys.get("per_device_train_batch_size", 8) * keys.get("gradient_accumulation_steps", 1) * world
     fixed = config.train_step or (keys["max_steps"] if keys.get("max_steps", -1) > 0 else 0)
-    packed = options.packing or options.neat_packing or (options.stage == "pt" and options.packing is not False)
+    read = sum(source.rows for source in data.table.sources)
+    packed = " packed" if options.packing or options.neat_packing or (options.stage == "pt" and options.packing is not False) else ""
+    left_out = [("left out", f"{number} rows: {reason}") for reason, number in data.dropped.items()]
+    counts = np.bincount(column_values(data.dataset, DOMAIN_COLUMN), minlength=len(data.names)) if options.domain_column else []
+    held_out = f"{eval_rows}{packed} rows of the above, held out" if options.val_size else "none"
+    named = f"{', '.join(options.eval_dataset)}: {eval_rows}{packed} rows"
     warmup = f"{options.warmup_ratio:.0%} of the steps" if options.warmup_ratio else keys.get("warmup_steps", 0)
     lines = [
         ("model", f"{options.model_name_or_path}, {options.finetuning_type}, stage {options.stage}"),
-        ("data", f"{', '.join(options.dataset)}: {train_rows} rows"),
-        *([("domains", ", ".join(f"{name} {len(part)} rows" for name, _, part in domains))] if options.domain_column else []),
-        ("evaluation data", ", ".join(options.eval_dataset) or (f"{rows - train_rows} rows of the above" if options.val_size else "none")),
+        ("data", f"{', '.join(options.dataset)}: {rows}{packed} rows{f' to train on, of {read}' if read != rows else ''}"),
+        *left_out,
+        *([("domains", ", ".join(f"{name} {count} rows" for name, count in zip(data.names, counts, strict=True)))] if options.domain_column else []),
+        ("evaluation data", named if options.eval_dataset else held_out),
         ("samples per step", f"{batch} ({world} process{'es' if world > 1 else ''})"),
         ("warmup_steps", f"{warmup} (learning rate; not the same as warmup_step)"),
     ]
     return lines, Sizes(
-        rows=train_rows,
+        rows=rows,
         eval_rows=eval_rows,
         batch=batch,
         epochs=keys.get("num_train_epochs", 3),
         fixed=fixed,
-        steps=_steps(train_rows, batch, keys),
-        packed=bool(packed),
-        domains=[name for name, _, _ in domains],
+        steps=_steps(rows, batch, keys),
+        domains=data.names,
     )
+
+
+def _number_of_rows(evaluation: Any) -> int:
+    if evaluation is None:
+        return 0
+    return sum(map(len, evaluation.values())) if isinstance(evaluation, dict) else len(evaluation)

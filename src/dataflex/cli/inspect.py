@@ -36,7 +36,8 @@ class _Record(BaseModel):
 
 
 class Selection(_Record):
-    """One `selection` line of events.jsonl; `domains` counts the interval's rows and is empty when the data has none."""
+    """One `selection` line of events.jsonl; `domains` counts the interval's rows and is empty when the data has none. Packed rows hold several
+    `documents`, whose numbers the file of the selection lists."""
 
     step: Count
     kind: str
@@ -44,6 +45,7 @@ class Selection(_Record):
     samples: Count
     distinct: Count
     pool: Count
+    documents: Count | None = None
     overlap: float | None
     domains: dict[str, Count] = {}
     seconds: float
@@ -61,15 +63,26 @@ class Mixture(_Record):
 
 class Row(_Record):
     row: Count
+    source: str = ""
     times: Count
     domain: str | None
     text: str
 
+    @property
+    def label(self) -> str:
+        """The row's number, and its place in its data set if there are several."""
+        return f"{self.row} ({self.source})" if self.source not in ("", str(self.row)) else str(self.row)
+
 
 class Rows(_Record):
-    """selections/summary.json: size of the data set, and the rows chosen most and least often."""
+    """selections/summary.json: the rows that may be chosen, those of the user's data in all, and those chosen most and least often.
+
+    `numbering` says why row numbers are not the user's, if they are not.
+    """
 
     rows: Annotated[int, Ge(1)]
+    total: Annotated[int, Ge(1)] | None = None
+    numbering: str = ""
     most: list[Row]
     least: list[Row]
 
@@ -155,15 +168,16 @@ def read_history(output_dir: Path) -> History:
             "runs with train_type static or dynamic_weight have none.",
         )
     files = [folder / "selections" / f"step_{selection.step}.npy" for selection in selections]
-    chosen = [_read_rows(path, selection.samples) for path, selection in zip(files, selections, strict=True)]
+    chosen = [_read_rows(path, selection.documents or selection.samples) for path, selection in zip(files, selections, strict=True)]
     summary_path = folder / "selections" / "summary.json"
     summary = _parse(Rows, _json(_read(summary_path), str(summary_path)), str(summary_path)) if selections and summary_path.exists() else None
     known = [int(rows.max()) + 1 if rows.size else 0 for rows in chosen]
+    total = None if summary is None else summary.total or summary.rows
     for path, number in zip(files, known, strict=True):
-        if summary is not None and number > summary.rows:
-            raise _problem(path, f"holds row {number - 1}, but the data set has {summary.rows} rows ({summary_path})")
+        if total is not None and number > total:
+            raise _problem(path, f"holds row {number - 1}, but the data has {total} rows ({summary_path})")
     size = summary.rows if summary is not None else max([1, *known, *(selection.pool for selection in selections)])
-    return History(selections, mixtures, _seen(chosen, size), size, summary)
+    return History(selections, mixtures, _seen(chosen, max([size, *known])), size, summary)
 
 
 def _check_folder(output_dir: Path) -> None:
@@ -308,6 +322,10 @@ def facts(history: History) -> list[str]:
         f"Coverage so far: {seen:,} of {history.size:,} rows chosen at least once ({seen / history.size:.1%}); "
         f"{drawn:,} rows drawn, which is {drawn / history.size:.2f} effective passes over the data set."
     ]
+    if history.summary is not None and history.summary.numbering:
+        lines.append(f"Row numbers are positions in the data as trained on, not rows of your files: {history.summary.numbering}.")
+    elif history.summary is not None:
+        lines.append("Row numbers count the rows of the data sets as listed, from 0; dataflex/rows.parquet tells which were left out, and why.")
     if history.summary is None:
         lines.append("There is no selections/summary.json yet: rows are not listed, and the data set may be larger than the pool counted here.")
     return lines
@@ -323,8 +341,8 @@ def row_grids(history: History, rows: int) -> list[Grid]:
 
 def _row_grid(title: str, listed: list[Row]) -> Grid:
     if all(row.domain is None for row in listed):
-        return Grid(title, ["times", "row", "text"], [[f"{row.times:,}", str(row.row), row.text] for row in listed], left=(2,))
-    cells = [[f"{row.times:,}", str(row.row), row.domain or "-", row.text] for row in listed]
+        return Grid(title, ["times", "row", "text"], [[f"{row.times:,}", row.label, row.text] for row in listed], left=(2,))
+    cells = [[f"{row.times:,}", row.label, row.domain or "-", row.text] for row in listed]
     return Grid(title, ["times", "row", "domain", "text"], cells, left=(2, 3))
 
 

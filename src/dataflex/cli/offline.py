@@ -164,7 +164,7 @@ def _compute(method: str, config: str, overrides: list[str], output: Path, setti
     if trainer.is_world_process_zero():
         data = trainer.train_dataset
         told = {key: str(value) for key, value in settings.items() if value is not None} | {"model": str(run.backend.get("model_name_or_path"))}
-        save_result(output, method, values, fingerprint=dataset_fingerprint(data), num_rows=len(data), parameters=told)
+        save_result(output, method, values, fingerprint=dataset_fingerprint(data), numbers=trainer.row_numbers, parameters=told)
         shutil.rmtree(partial, ignore_errors=True)
         logger.info("wrote %s. Use it: component_name: %s, component_params: {file: %s}", output, method, output)
     leave()

@@ -21,6 +21,7 @@ KINDS = ("weighter", "selector", "mixer", "reorder")
 RUNTIME_NAMES = (
     "dataset",
     "eval_dataset",
+    "row_numbers",
     "accelerator",
     "data_collator",
     "tokenizer",

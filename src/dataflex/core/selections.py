@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
+from dataflex.core.row_numbers import RowNumbers
 from dataflex.functional.ranking import top_n
 from dataflex.utils.files import write_array_atomically, write_json_atomically
 
@@ -48,20 +49,38 @@ class SelectionLog:
                 np.add.at(self._counts, np.load(self.folder / f"step_{step}.npy"), 1)
         return self._counts
 
-    def summarise(self, num_rows: int, domains: np.ndarray | None, names: Sequence[str], text: Callable[[int], str]) -> None:
-        """Write summary.json: the rows chosen most often and least often, ties by row."""
+    def summarise(self, numbers: RowNumbers, domains: np.ndarray | None, names: Sequence[str], text: Callable[[int], str]) -> None:
+        """Write summary.json: the rows of the user's data chosen most often and least often, ties by row.
+
+        Args:
+            numbers: which rows these are.
+            domains: domain of each position in the training data.
+            text: the beginning of the row at a position.
+        """
         if not self.active:
             return
-        counts = self.counts(num_rows)
+        kept = numbers.kept()
+        counts = self.counts(numbers.total)[kept]
 
-        def described(row: int) -> dict[str, object]:
-            domain = None if domains is None else names[int(domains[row])]
-            return {"row": row, "times": int(counts[row]), "domain": domain, "text": text(row)}
+        def described(places: np.ndarray) -> list[dict[str, object]]:
+            positions = numbers.first_positions(kept[places]).tolist()
+            return [
+                {
+                    "row": int(kept[place]),
+                    "source": numbers.label(kept[place]),
+                    "times": int(counts[place]),
+                    "domain": None if domains is None else names[int(domains[position])],
+                    "text": text(position),
+                }
+                for place, position in zip(places.tolist(), positions, strict=True)
+            ]
 
         content = {
-            "rows": num_rows,
+            "rows": len(kept),
+            "total": numbers.total,
+            "numbering": numbers.unknown,
             "domains": list(names) if domains is not None else [],
-            "most": [described(row) for row in top_n(counts, SHOWN).tolist()],
-            "least": [described(row) for row in top_n(-counts, SHOWN).tolist()],
+            "most": described(top_n(counts, SHOWN)),
+            "least": described(top_n(-counts, SHOWN)),
         }
         write_json_atomically(self.folder / "summary.json", content)

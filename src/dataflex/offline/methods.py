@@ -62,7 +62,8 @@ def embedded(trainer: Any, source: Embeddings) -> tuple[np.ndarray, list[np.ndar
     """Unit embeddings of the training rows, and of each task's queries."""
     data, rows = trainer.train_dataset, np.arange(len(trainer.train_dataset))
     if source.embeddings_file is not None and source.query_embeddings_file is not None:
-        features = unit(read_embeddings(source.embeddings_file, "--embeddings-file", len(rows)))
+        given = read_embeddings(source.embeddings_file, "--embeddings-file", trainer.row_numbers.total)
+        features = unit(trainer.row_numbers.per_row(given, "--embeddings-file"))
         queries = [unit(read_embeddings(source.query_embeddings_file, "--query-embeddings-file"))]
         same_width(features, queries[0])
     else:

@@ -23,7 +23,7 @@ from dataflex.signals.batches import length_buckets, row_lengths
 from dataflex.signals.gradients import Preconditioner, mean_gradient, per_sample_products, scored_parameters, sketch
 from dataflex.signals.store import PartStore, array_digest, content_key, model_digest, tensors_digest
 from dataflex.train.data.fingerprint import dataset_fingerprint, has_content
-from dataflex.train.data.sample_meta import DOMAIN_COLUMN, ROW_FIELDS, BatchMeta, build_meta
+from dataflex.train.data.sample_meta import ROW_FIELDS, BatchMeta, build_meta, without_own
 from dataflex.train.trainer import hosts
 from dataflex.train.trainer.features import captured_hidden_states, pooled_features
 from dataflex.train.trainer.token_losses import losses_from_logits
@@ -283,7 +283,7 @@ def _merged(values: np.ndarray, positions: np.ndarray) -> np.ndarray:
 def _accepted(rows: list[Any], trainer: Any) -> list[Any]:
     """Rows without the columns that the host's loaders would drop (names, domains, texts)."""
     if not trainer.args.remove_unused_columns:
-        return [{name: value for name, value in row.items() if name != DOMAIN_COLUMN} for row in rows]
+        return [without_own(row) for row in rows]
     trainer._set_signature_columns_if_needed()
     names = [*(trainer._signature_columns or []), *trainer.label_names, "seq_lengths"]
     return [{name: row[name] for name in row if name in names} for row in rows]

@@ -13,12 +13,14 @@ from typing import Any
 import numpy as np
 import torch
 
+from dataflex.core.row_numbers import ROW_COLUMN
 from dataflex.errors import TrainingError
 from dataflex.train.data.index_stream import Place
 from dataflex.utils.seeding import isolated_rng
 
 META = "dataflex_meta"
 DOMAIN_COLUMN = "domain_id"
+OWN_COLUMNS = (DOMAIN_COLUMN, ROW_COLUMN)
 ROW_FIELDS = ("input_ids", "attention_mask", "position_ids", "seq_lengths")
 
 
@@ -27,7 +29,8 @@ class BatchMeta:
     """The samples of one micro-batch on one rank, all tensors on the CPU, target tokens ordered sample by sample.
 
     Attributes:
-        sample_ids: data set row of each sample (n,).
+        sample_ids: position in the training data of the row of each sample (n,).
+        ordinals: the how-manieth document of its row each sample is (n,); 0 where rows are not packed.
         domain_ids: domain of each sample (n,), or None when the data set has none.
         counts: number of target tokens of each sample (n,).
         rows, positions: where the token before each target stands in the batch (N,): its output predicts the target.
@@ -39,6 +42,7 @@ class BatchMeta:
     """
 
     sample_ids: torch.Tensor
+    ordinals: torch.Tensor
     domain_ids: torch.Tensor | None
     counts: torch.Tensor
     rows: torch.Tensor
@@ -115,12 +119,14 @@ def build_meta(
     kept = counts > 0
     number = torch.where(kept, kept.cumsum(0) - 1, -1)
     sample_ids = torch.tensor(ids, dtype=torch.int64)[sources][kept] if len(sources) else torch.zeros(0, dtype=torch.int64)
+    first = torch.searchsorted(sources, sources)  # of each document's row
     token_samples = torch.where(documents >= 0, number[documents.clamp(min=0)], -1)
     mask = batch.get("attention_mask")
     if mask is not None and mask.shape == token_samples.shape:
         token_samples = token_samples.masked_fill(mask.cpu() == 0, -1)
     return BatchMeta(
         sample_ids=sample_ids,
+        ordinals=(torch.arange(len(sources)) - first)[kept],
         domain_ids=None if domains is None else torch.from_numpy(np.asarray(domains)[sample_ids.numpy()].astype(np.int64)),
         counts=counts[kept],
         rows=row_index,
@@ -165,9 +171,11 @@ def column_values(dataset: Any, name: str) -> np.ndarray:
     return np.concatenate(blocks) if blocks else np.zeros(0, dtype=np.int64)
 
 
-def _without_domain(row: Any) -> Any:
-    """Collators that keep every column would hand the domain to the model."""
-    return {name: value for name, value in row.items() if name != DOMAIN_COLUMN} if isinstance(row, dict) and DOMAIN_COLUMN in row else row
+def without_own(row: Any) -> Any:
+    """Collators that keep every column would hand ours to the model."""
+    if not isinstance(row, dict) or not any(name in row for name in OWN_COLUMNS):
+        return row
+    return {name: value for name, value in row.items() if name not in OWN_COLUMNS}
 
 
 class KeyedCollator:
@@ -177,7 +185,7 @@ class KeyedCollator:
         self.collate, self.seed = collate, seed
 
     def __call__(self, items: list[tuple[Place, Any]]) -> Any:
-        rows = [_without_domain(row) for _, row in items]
+        rows = [without_own(row) for _, row in items]
         with isolated_rng(self.seed, "collate", *(place for place, _ in items)):
             return self.collate(rows)
 

@@ -16,10 +16,12 @@ import numpy as np
 from annotated_types import Gt, Le
 from pydantic import FilePath
 
+from dataflex.core.row_numbers import RowNumbers
 from dataflex.errors import ComponentError
 from dataflex.functional.diversity import diverse
 from dataflex.functional.ranking import top_n
 from dataflex.utils.distributed import broadcast_array
+from dataflex.utils.logging import logger
 from dataflex.utils.seeding import derive_seed
 
 
@@ -69,15 +71,19 @@ class Selector(ABC):
         tokenizer: Any = None,
         output_dir: str | None = None,
         seed: int = 42,
+        row_numbers: Any = None,
         candidate_pool: FilePath | None = None,
     ):
         """
         Args:
-            candidate_pool: file with the rows that may be chosen: `.npy` (row numbers, or true and false for every row) or a JSON list.
+            candidate_pool: file with the rows of your data that may be chosen, counted from 0 over the data sets as listed: `.npy` (row numbers,
+                or true and false for every row) or a JSON list (row numbers, or texts such as "alpaca:17": a data set's name and its row).
         """
         self.dataset, self.eval_dataset, self.accelerator, self.data_collator = dataset, eval_dataset, accelerator, data_collator
         self.tokenizer, self.output_dir, self.cache_dir, self.seed = tokenizer, output_dir, cache_dir, seed
-        self._candidate_pool: np.ndarray | None = None
+        self.row_numbers = row_numbers
+        self._candidate_pool: Any = None  # numbers of the user's rows, or what he wrote for them until the data is known
+        self._positions: np.ndarray | None = None  # of them in the training data
         if self.needs_eval_dataset and accelerator is not None and not eval_dataset:
             raise ComponentError(f"{type(self).__name__} compares rows with evaluation data, and there is none: set eval_dataset or val_size")
         if candidate_pool is not None:
@@ -111,32 +117,39 @@ class Selector(ABC):
 
     # ---------------------------------------------------------------- the candidates
 
-    def set_candidate_pool(self, rows: Sequence[int] | np.ndarray | None) -> None:
-        """Restrict the choice to these rows; None: all rows.
+    def set_candidate_pool(self, rows: Sequence[int | str] | np.ndarray | None) -> None:
+        """Restrict the choice to these rows of the user's data; None: all rows.
 
         Raises:
-            ComponentError: a row that the data set does not have, or none at all.
+            ConfigError: a row that the data does not have.
+            ComponentError: none that is trained on.
         """
+        self._candidate_pool = self._positions = None
         if rows is None:
-            self._candidate_pool = None
             return
-        chosen = np.asarray(rows)
-        if chosen.dtype == bool and self.dataset is not None and len(chosen) != len(self.dataset):
-            raise ComponentError(f"the candidate pool says yes or no to {len(chosen)} rows, and the data set has {len(self.dataset)}")
-        chosen = np.flatnonzero(chosen) if chosen.dtype == bool else np.unique(chosen.astype(np.int64))
-        total = len(self.dataset) if self.dataset is not None else np.inf
-        if not len(chosen) or chosen[0] < 0 or chosen[-1] >= total:
-            what = "is empty" if not len(chosen) else f"has rows from {chosen[0]} to {chosen[-1]}, and the data set has {total}"
-            raise ComponentError(f"the candidate pool {what}")
-        self._candidate_pool = chosen
+        if self.dataset is None:  # a ready-made selector learns of the data when the run adopts it
+            self._candidate_pool = rows
+            return
+        numbers = self._numbers()
+        self._candidate_pool = numbers.read(rows, "candidate_pool")
+        self._positions = numbers.positions(self._candidate_pool)
+        left_out = len(self._candidate_pool) - len(np.intersect1d(self._candidate_pool, numbers.kept())) if numbers.changed else 0
+        if not len(self._positions):
+            why = ": all of its rows were left out of the training data, see rows.parquet" if left_out else ""
+            raise ComponentError(f"the candidate pool is empty{why}")
+        if left_out:
+            logger.warning("%d of the %d rows of the candidate pool were left out of the training data", left_out, len(self._candidate_pool))
+
+    def _numbers(self) -> RowNumbers:
+        return self.row_numbers if self.row_numbers is not None else RowNumbers(None, len(self.dataset))
 
     def get_candidate_pool(self) -> list[int] | None:
-        """The rows that may be chosen, or None for all."""
-        return None if self._candidate_pool is None else self._candidate_pool.tolist()
+        """The rows of the user's data that may be chosen, or None for all."""
+        return None if self._candidate_pool is None else np.asarray(self._candidate_pool).tolist()
 
     def candidate_positions(self) -> np.ndarray:
-        """The rows that may be chosen, ascending."""
-        return np.arange(len(self.dataset)) if self._candidate_pool is None else self._candidate_pool
+        """Positions in the training data of the rows that may be chosen, ascending: what `select` chooses from."""
+        return np.arange(len(self.dataset)) if self._positions is None else self._positions
 
     # ---------------------------------------------------------------- what the run wants to know
 
@@ -214,16 +227,21 @@ def _summary(scores: np.ndarray) -> dict[str, float]:
     return {"min": float(low), "p50": float(middle), "max": float(high)}
 
 
-def read_pool(path: Path) -> np.ndarray:
-    """Candidate rows from a file.
+def read_pool(path: Path) -> Any:
+    """Candidate rows from a file, as written there.
 
     Raises:
         ComponentError: it holds something else.
     """
     try:
-        rows = np.load(path, allow_pickle=False) if path.suffix == ".npy" else np.asarray(json.loads(path.read_text(encoding="utf-8")))
-    except ValueError as error:
+        rows = np.load(path, allow_pickle=False) if path.suffix == ".npy" else json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, OSError, EOFError) as error:
         raise ComponentError(f"candidate_pool {path} cannot be read: {error}") from None
-    if rows.ndim != 1 or (rows.size and not (rows.dtype == bool or np.issubdtype(rows.dtype, np.integer))):
-        raise ComponentError(f"candidate_pool {path} must be a list of row numbers, not {rows.dtype} of shape {rows.shape}")
-    return rows
+    if isinstance(rows, list) and all(isinstance(row, int | str) for row in rows):
+        kinds = {bool if isinstance(row, bool) else int if isinstance(row, int) else str for row in rows}
+        if bool not in kinds or kinds == {bool}:
+            return rows
+    if isinstance(rows, np.ndarray) and rows.ndim == 1 and (not rows.size or rows.dtype.kind in "biu"):
+        return rows
+    shape = f"{rows.dtype} of shape {rows.shape}" if isinstance(rows, np.ndarray) else "something else"
+    raise ComponentError(f"candidate_pool {path} must be a list of row numbers (or 'name:row', or true and false for every row), not {shape}")

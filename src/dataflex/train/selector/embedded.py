@@ -72,7 +72,7 @@ class EmbeddedSelector(Selector):
         Args:
             pooling: how hidden states become an embedding: `weighted_mean` weights tokens by their position, `mean` equally, `last` takes the last.
             file: result of `dataflex-cli offline` for this data set; nothing is computed during training.
-            embeddings_file: `.npy` with an embedding of every training row, instead of the model's.
+            embeddings_file: `.npy` with an embedding of every row of your data, those that are left out too, instead of the model's.
             query_embeddings_file: `.npy` with embeddings of the queries, instead of the evaluation data.
         """
         self.needs_eval_dataset = file is None and query_embeddings_file is None
@@ -91,10 +91,11 @@ class EmbeddedSelector(Selector):
     def prepare(self) -> None:
         super().prepare()
         if self.embeddings_file is not None and self.query_embeddings_file is not None:
-            self._features = read_embeddings(self.embeddings_file, "embeddings_file", len(self.dataset))
+            given = read_embeddings(self.embeddings_file, "embeddings_file", self._numbers().total)
+            self._features = self._numbers().per_row(given, "embeddings_file")
             same_width(self._features, read_embeddings(self.query_embeddings_file, "query_embeddings_file"))
         if self.file is not None:
-            self._result = load_result(self.file, self.method, fingerprint=dataset_fingerprint(self.dataset), num_rows=len(self.dataset))
+            self._result = load_result(self.file, self.method, fingerprint=dataset_fingerprint(self.dataset), numbers=self._numbers())
 
     @property
     def result(self) -> np.ndarray | None:

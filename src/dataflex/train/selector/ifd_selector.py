@@ -43,7 +43,7 @@ class IfdSelector(ScoringSelector):
     def prepare(self) -> None:
         super().prepare()
         if self.file is not None:
-            self.result = load_result(self.file, "ifd", fingerprint=dataset_fingerprint(self.dataset), num_rows=len(self.dataset))
+            self.result = load_result(self.file, "ifd", fingerprint=dataset_fingerprint(self.dataset), numbers=self._numbers())
 
     @classmethod
     def passes(cls, params: Mapping[str, Any]) -> Passes:

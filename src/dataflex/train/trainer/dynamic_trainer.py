@@ -22,9 +22,12 @@ from transformers import Trainer
 
 from dataflex.configs.components import component_params
 from dataflex.configs.schema import COMPONENT_KIND, DataflexConfig, TrainType
+from dataflex.core import row_table as row_tables
 from dataflex.core.events import EventLog
 from dataflex.core.plugins import load_plugins
 from dataflex.core.registry import REGISTRY
+from dataflex.core.row_numbers import RowNumbers
+from dataflex.core.row_table import RowTable
 from dataflex.core.state import load_state, newest_complete_checkpoint, save_state
 from dataflex.errors import ComponentError, ConfigError, Problem, ResumeError, TrainingError
 from dataflex.train.data.fingerprint import dataset_fingerprint
@@ -83,6 +86,7 @@ class DynamicTrainer(Trainer):
         dataflex: DataflexConfig | dict[str, Any],
         component: Any = None,
         domain_names: Sequence[str] | None = None,
+        row_table: RowTable | None = None,
         **kwargs: Any,
     ):
         """
@@ -90,6 +94,7 @@ class DynamicTrainer(Trainer):
             dataflex: the algorithm and its schedule; `train_type` may be left out.
             component: a ready-made component, instead of `dataflex.component_name`.
             domain_names: names of the domains that the training data's `domain_id` column numbers.
+            row_table: the user's rows that the training data was made of, whose column `dataflex_row` numbers them.
             *args, **kwargs: the host Trainer's own.
 
         Raises:
@@ -99,9 +104,12 @@ class DynamicTrainer(Trainer):
         name = settings.get("component_name") or (type(component).__name__ if component is not None else None)
         self._dataflex = RunState()
         self._dataflex.config = DataflexConfig(**{**settings, "train_type": self.train_type, "component_name": name})
-        super().__init__(*args, **kwargs)
+        given = hosts.number_rows(super().__init__, args, kwargs)
+        super().__init__(*given.args, **given.kwargs)
         self._refuse_unsupported()
         self._apply_train_step()
+        self._dataflex.row_numbers = hosts.read_row_numbers(self, given.dataset, row_table)
+        self._dataflex.row_table = row_table
         self._dataflex.domains = self._read_domains(domain_names)
         self._dataflex.domain_names = list(domain_names or self._domain_numbers())
         self._dataflex.metrics = self._make_metrics()
@@ -133,6 +141,12 @@ class DynamicTrainer(Trainer):
     def domain_names(self) -> list[str]:
         """Names of the domains."""
         return self._dataflex.domain_names
+
+    @property
+    def row_numbers(self) -> RowNumbers:
+        """Positions in the training data to the rows of the user's data."""
+        numbers: RowNumbers = self._dataflex.row_numbers
+        return numbers
 
     @property
     def metrics(self) -> Any:
@@ -176,12 +190,17 @@ class DynamicTrainer(Trainer):
         assert config.algorithm is not None
         in_file = component_params(kind, config.algorithm, config.components_cfg_file, substitute={"output_dir": str(self.args.output_dir)})
         params = {**in_file, **({} if config.keeps_mixture else config.component_params)}
-        return REGISTRY.build(kind, config.algorithm, runtime=self._runtime(), cfg=params), params
+        component = REGISTRY.build(kind, config.algorithm, runtime=self._runtime(), cfg=params)
+        if getattr(component, "row_numbers", self) is None:  # of a class whose constructor does not hand it on
+            component.row_numbers = self.row_numbers
+            component.set_candidate_pool(component.get_candidate_pool())
+        return component, params
 
     def _runtime(self) -> dict[str, Any]:
         """Live objects that a component may ask for."""
         return {
             "dataset": self.train_dataset,
+            "row_numbers": self.row_numbers,
             "eval_dataset": self.eval_dataset,
             "accelerator": self.accelerator,
             "data_collator": self.data_collator,
@@ -283,9 +302,18 @@ class DynamicTrainer(Trainer):
             hosts.restore_logging_state(self, self._dataflex.pending["loss"], self._dataflex.pending["last_logged"])
             hosts.restore_host_state(self, self._dataflex.pending["host"])
             self._dataflex.pending = None
+        if not self._dataflex.rows_written:  # not before the backend has cleared what an earlier run left
+            self._write_rows()
         batches, num_items = super().get_batch_samples(self._next_batches(num_batches), num_batches, device)
         self._describe(batches, device)
         return batches, num_items
+
+    def _write_rows(self) -> None:
+        """Leave `dataflex/rows.parquet`."""
+        self._dataflex.rows_written = True
+        if self.accelerator.is_main_process:
+            table = self._dataflex.row_table or row_tables.of_dataset(self.train_dataset, self.row_numbers)
+            table.write(str(self.args.output_dir), self.row_numbers)
 
     def _next_batches(self, number: int) -> Iterator[Any]:
         if self._dataflex.batches is None:

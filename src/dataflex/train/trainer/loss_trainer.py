@@ -79,8 +79,9 @@ class LossTrainer(DynamicTrainer):
 
     @property
     def sample_ids(self) -> torch.Tensor:
-        """Data set row of each sample of this rank's micro-batch (n,), CPU. A row that holds several documents occurs several times."""
-        return self.step.meta.sample_ids
+        """The user's number of the row of each sample of this rank's micro-batch (n,), CPU; see `row_numbers`."""
+        meta, numbers = self.step.meta, self.row_numbers
+        return torch.from_numpy(numbers.of_documents(meta.sample_ids.numpy(), meta.ordinals.numpy())) if numbers.changed else meta.sample_ids
 
     @property
     def domain_ids(self) -> torch.Tensor | None:

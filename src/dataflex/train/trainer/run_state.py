@@ -18,6 +18,7 @@ class RunState:
     Attributes:
         config, component, component_settings: the algorithm.
         domains, domain_names: domain of every row (N,), and the domains' names.
+        row_numbers, row_table: which rows of the user's data the training data is made of; whether that is written down (rows_written).
         metrics, events, selections: what is logged and recorded.
         schedule: when there are decisions.
         first_state, first_mixture: what a second `train` starts from.
@@ -40,6 +41,9 @@ class RunState:
     component_settings: dict[str, Any] = field(default_factory=dict)
     domains: np.ndarray | None = None
     domain_names: list[str] = field(default_factory=list)
+    row_numbers: Any = None
+    row_table: Any = None
+    rows_written: bool = False
     metrics: Any = None
     events: Any = None
     selections: Any = None

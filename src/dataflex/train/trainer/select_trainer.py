@@ -173,8 +173,11 @@ class SelectTrainer(PlannedTrainer):
         if scores and not interval.is_warmup:
             details["scores"] = scores
         step = self.state.global_step
-        self.selections.write(step, rows)  # before the event, which tells readers that it is there
-        self.selections.summarise(self._num_rows, self.domains, self.domain_names, self._text)
+        numbers = self.row_numbers.of(rows)
+        if self.row_numbers.packed:
+            details["documents"] = len(numbers)
+        self.selections.write(step, numbers)  # before the event, which tells readers that it is there
+        self.selections.summarise(self.row_numbers, self.domains, self.domain_names, self._text)
         self.events.write(step, "selection", **details)
 
     def _text(self, row: int) -> str:
