@@ -15,8 +15,13 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pyarrow as pa
+
 from dataflex.backends import Sizes, for_scoring
 from dataflex.configs.loading import RunFile
+from dataflex.core.row_numbers import ROW_COLUMN, Source
+from dataflex.core.row_table import HELD_OUT, RowTable, joined
 from dataflex.core.state import newest_complete_checkpoint
 from dataflex.errors import TrainingError, listing, nearest
 from dataflex.utils.launching import planned_processes
@@ -211,19 +216,31 @@ def dynamic_trainer(stage: str, run: RunFile, leave: bool = False) -> Iterator[l
     original, get_dataset = getattr(module, name), module.get_dataset
     made: list[Any] = []
     domains: list[str] = []
+    tables: list[RowTable] = []
 
     def make(*args: Any, **kwargs: Any) -> Any:
-        made.append(trainer_for(run.dataflex.train_type).over(original)(*args, dataflex=run.dataflex, domain_names=domains or None, **kwargs))
+        rows = {"domain_names": domains or None, "row_table": joined(tables) if tables else None}
+        made.append(trainer_for(run.dataflex.train_type).over(original)(*args, dataflex=run.dataflex, **rows, **kwargs))
         if leave:
             raise _Made
         return made[-1]
 
-    def get(template: Any, model_args: Any, data_args: Any, *args: Any, **kwargs: Any) -> Any:
+    def get(template: Any, model_args: Any, data_args: Any, training_args: Any, stage: str, *args: Any, **kwargs: Any) -> Any:
         names = data_args.dataset or []
-        if len(names) < 2 or data_args.streaming or data_args.tokenized_path or data_args.mix_strategy != "concat":
-            return get_dataset(template, model_args, data_args, *args, **kwargs)
+        if not names or data_args.streaming or data_args.tokenized_path or data_args.mix_strategy != "concat":
+            tables[:] = [RowTable(unknown="LLaMA-Factory reads them from tokenized_path, or mixes them")]
+            return get_dataset(template, model_args, data_args, training_args, stage, *args, **kwargs)
+        parts = []
+        for one in _one_by_one(data_args):
+            part = read(template, model_args, one, training_args, stage, *args, **kwargs)
+            start = sum(source.rows for table in tables for source in table.sources)
+            part["train_dataset"], table = _numbered(part["train_dataset"], start, model_args, one, training_args, stage)
+            tables.append(table)
+            parts.append(part)
+        if len(parts) == 1:
+            return parts[0]
         domains[:] = names
-        return _joined([read(template, model_args, one, *args, **kwargs) for one in _one_by_one(data_args)])
+        return _joined(parts)
 
     def read(template: Any, model_args: Any, data_args: Any, *args: Any, **kwargs: Any) -> Any:
         try:
@@ -246,6 +263,65 @@ def _one_by_one(data_args: Any) -> Iterator[Any]:
         one = copy.copy(data_args)
         one.dataset, one.eval_dataset = [name], data_args.eval_dataset if number == 0 else None
         yield one
+
+
+def _numbered(rows: Any, start: int, model_args: Any, data_args: Any, training_args: Any, stage: str) -> tuple[Any, RowTable]:
+    """Tokenised rows with the user's numbers, and the table of his rows.
+
+    LLaMA-Factory forgets which rows it leaves out. They are told by going its way again up to tokenising: its reader (cached by `datasets`), its
+    split, and its rule of what a conversation is.
+    """
+    from llamafactory.data.data_utils import split_dataset
+
+    name = data_args.dataset[0]
+    if data_args.packing:
+        return rows, RowTable(unknown="LLaMA-Factory packs them; set packing: false")
+    read = _aligned_rows(data_args, model_args, training_args, stage)
+    if read is None:
+        return rows, RowTable(unknown=f"LLaMA-Factory draws them at random (num_samples of '{name}')")
+    before, total = read
+    numbered = before.add_column(ROW_COLUMN, np.arange(len(before)))
+    split, _ = split_dataset(numbered, None, data_args, training_args.seed)
+    reasons = np.full(len(before), HELD_OUT, dtype=object)
+    given = np.asarray(split["train"][ROW_COLUMN])
+    valid = np.array([stage == "pt" or _is_conversation(row) for row in split["train"].select_columns(["_prompt", "_response"])], dtype=bool)
+    reasons[given] = np.where(valid, None, "not a conversation of user and assistant turns")
+    numbers = given[valid]
+    if len(numbers) != len(rows):
+        return rows, RowTable(unknown="LLaMA-Factory left out other rows than expected")
+    table = pa.table(
+        {
+            "row": np.arange(len(before)),
+            "dataset": pa.array([name] * len(before), pa.string()).dictionary_encode(),
+            "reason": pa.array(reasons, pa.string()),
+        }
+    )
+    return rows.add_column(ROW_COLUMN, numbers + start), RowTable([Source(name, total)], table)
+
+
+def _is_conversation(row: dict[str, Any]) -> bool:
+    """LLaMA-Factory's rule: it drops the others."""
+    return len(row["_prompt"]) % 2 == 1 and len(row["_response"]) == 1
+
+
+def _aligned_rows(data_args: Any, model_args: Any, training_args: Any, stage: str) -> tuple[Any, int] | None:
+    """A data set as LLaMA-Factory reads it, and how many rows it has without `max_samples`; None if rows are drawn at random."""
+    from llamafactory.data import loader
+    from llamafactory.data.parser import get_dataset_list
+
+    if any(entry.num_samples is not None for entry in get_dataset_list(data_args.dataset, data_args.dataset_dir)):
+        return None
+
+    def read(args: Any) -> Any:
+        with training_args.main_process_first(desc="number rows", local=not args.data_shared_file_system):
+            return loader._get_merged_dataset(args.dataset, model_args, args, training_args, stage)
+
+    rows = read(data_args)
+    if data_args.max_samples is None or len(rows) < data_args.max_samples:
+        return rows, len(rows)
+    whole = copy.copy(data_args)
+    whole.max_samples = None
+    return rows, len(read(whole))
 
 
 def _joined(modules: list[dict[str, Any]]) -> dict[str, Any]:
