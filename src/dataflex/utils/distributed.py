@@ -21,6 +21,17 @@ def rank() -> int:
     return dist.get_rank() if world_size() > 1 else 0
 
 
+def unconnected(processes: int) -> str:
+    """What is wrong when a launcher started several processes and a Trainer knows of `processes`; empty when all is well."""
+    started = os.environ.get("WORLD_SIZE", "1")
+    if processes > 1 or not started.isdigit() or int(started) <= 1:
+        return ""
+    return (
+        f"WORLD_SIZE={started}, while this Trainer runs in one process: they would train unconnected copies into one folder. "
+        "Without a GPU set use_cpu to true; with one, start the processes with torchrun or accelerate launch"
+    )
+
+
 def leave() -> None:
     """End a distributed program in order; call it last. In a single process it does nothing.
 

@@ -50,6 +50,7 @@ class LossTrainer(DynamicTrainer):
     """Base of the trainers that see every sample's loss."""
 
     own_settings: ClassVar[tuple[str, ...]] = ("loss_normalization", "project_targets_only")
+    _builds_loss = True
 
     def _unsupported(self) -> list[str]:
         return [*super()._unsupported(), *hosts.unsupported_loss(self)]

@@ -29,6 +29,10 @@ class SelectTrainer(PlannedTrainer):
 
     train_type = "dynamic_select"
 
+    @property
+    def _sees_samples(self) -> bool:
+        return bool(getattr(self.component, "needs_model", False))
+
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
         if not callable(getattr(self.component, "select", None)):
