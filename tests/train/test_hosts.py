@@ -52,9 +52,10 @@ def build(kind: str, host: type[Trainer], out, *, algorithm: str | None = None, 
     data = datasets.Dataset.from_list([{**row, "domain_id": number % 2} for number, row in enumerate(tiny_rows(8))])
     common = {"max_steps": 2, "per_device_train_batch_size": 2, "report_to": "none", "disable_tqdm": True, "save_strategy": "no"}
     args = TrainingArguments(str(out), use_cpu=use_cpu, **common)
-    dataflex = {"component_name": algorithm or ALGORITHM[kind], **({} if kind == "weight" else {"update_step": 1, "update_times": -1})}
+    dataflex = {} if kind == "weight" else {"update_step": 1, "update_times": -1}
+    dataflex |= {} if component else {"component_name": algorithm or ALGORITHM[kind]}
     common = {"model": tiny_model(), "args": args, "train_dataset": data, "data_collator": pad_collator}
-    return MIXINS[kind].over(host)(**{**common, **changes}, dataflex={} if component else dataflex, component=component)
+    return MIXINS[kind].over(host)(**{**common, **changes}, dataflex=dataflex, component=component)
 
 
 # ------------------------------------------------------------------------------------------------ every host there is
@@ -261,6 +262,19 @@ def test_what_is_assigned_to_the_trainer_is_noticed_before_training(tmp_path, ki
     assert trainer.state.global_step == 0
 
 
+def test_a_wrapper_around_the_trainers_own_method_is_kept(tmp_path):
+    trainer = build("weight", Trainer, tmp_path)
+    original, seen = trainer.training_step, []
+
+    def counting(*args, **kwargs):
+        seen.append(1)
+        return original(*args, **kwargs)
+
+    trainer.training_step = counting
+    trainer.train()
+    assert len(seen) == 2
+
+
 @pytest.mark.parametrize("name", ["step", "metrics", "gather_samples"])
 def test_a_host_with_attributes_that_dataflex_needs_is_refused(name):
     with pytest.raises(ConfigError, match=rf"WeightTrainer: cannot be put in front of .*Mine, which has attributes .*: {name}; rename"):
@@ -307,5 +321,5 @@ def test_trying_a_batch_draws_no_random_number(tmp_path, host):
 def test_processes_that_do_not_know_of_each_other_are_refused(tmp_path, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     for kind in MIXINS:
-        with pytest.raises(ConfigError, match="WORLD_SIZE=2, while this Trainer runs in one process.* set use_cpu to true"):
+        with pytest.raises(ConfigError, match=r"WORLD_SIZE=2, while this Trainer runs in one process.* set use_cpu to true"):
             build(kind, Trainer, tmp_path, use_cpu=False)

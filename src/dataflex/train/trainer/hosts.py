@@ -5,7 +5,7 @@ from __future__ import annotations
 import dis
 import inspect
 from collections.abc import Iterable, Iterator
-from types import CodeType
+from types import CellType, CodeType
 from typing import Any
 
 import torch
@@ -79,8 +79,16 @@ def overrides(host: type[Trainer], names: Iterable[str]) -> dict[str, list[str]]
 
 
 def _set_on_object(trainer: Any, names: Iterable[str]) -> dict[str, list[str]]:
-    found = [name for name in names if name in vars(trainer)]
-    return {"this trainer object, to which it was assigned": found} if found else {}
+    """Methods assigned to the trainer itself, apart from wrappers that hold on to the trainer's own."""
+    found = [name for name in names if name in vars(trainer) and not _wraps(vars(trainer)[name], trainer, name)]
+    return {"this trainer, assigned to the object": found} if found else {}
+
+
+def _wraps(function: Any, trainer: Any, name: str) -> bool:
+    """Whether a function holds the trainer's own method: in its closure, as what it wraps, or as an argument bound to it."""
+    held = [getattr(function, "__wrapped__", None), getattr(function, "func", None), *getattr(function, "args", ())]
+    held += [cell.cell_contents for cell in getattr(function, "__closure__", None) or () if cell != CellType()]
+    return any(getattr(method, "__self__", None) is trainer and getattr(method, "__name__", "") == name for method in held)
 
 
 def _hands_on(method: Any, name: str) -> bool:
