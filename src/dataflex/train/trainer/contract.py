@@ -71,7 +71,7 @@ class WeightContract:
         """
         steps = f"in steps {self.verified_to + 1} to {step}" if step > self.verified_to + 1 else f"in step {step}"
         extremes = torch.full((2,), -math.inf, dtype=torch.float64) if self._extremes is None else self._extremes.cpu()
-        lowest, not_finite = gather_rows(extremes).amax(0).tolist()
+        lowest, not_finite = gather_rows(extremes, "the weights").amax(0).tolist()
         mean = self._worst_mean()
         self._extremes, self._closed, self.verified_to = None, [], step
         if -lowest < _LOWEST:
@@ -92,7 +92,7 @@ class WeightContract:
         if self.mean_scope is None:
             return None
         own = torch.cat([part.cpu() for part in self._closed]) if self._closed else torch.zeros(0, dtype=torch.float64)
-        sums = gather_rows(own.view(-1, 3)).sum(0)
+        sums = gather_rows(own.view(-1, 3), "the weights").sum(0)
         sums = sums[(sums[:, 1] > 0) & (sums[:, 2] == 0)]
         means = sums[:, 0] / sums[:, 1]
         means = means[(means - 1).abs() > _TOLERANCE]

@@ -32,8 +32,9 @@ from dataflex.train.data.index_stream import IndexedRows, IndexStream, Place, Pl
 from dataflex.train.data.sample_meta import DOMAIN_COLUMN, KeyedCollator, MetaCollator, column_values
 from dataflex.train.trainer import hosts
 from dataflex.train.trainer.metrics import BoundaryMetrics, WeightMetrics
+from dataflex.train.trainer.preemption import SaveOnSigterm
 from dataflex.train.trainer.run_state import RunState
-from dataflex.utils.distributed import gather_rows
+from dataflex.utils.distributed import gather_rows, set_timeout
 from dataflex.utils.logging import logger
 from dataflex.utils.seeding import derive_seed, isolated_rng
 
@@ -112,6 +113,8 @@ class DynamicTrainer(Trainer):
         self._dataflex.config = DataflexConfig(**{**settings, "train_type": self.train_type, "component_name": name})
         self._refuse(self._unsupported_methods())  # before the host loads models of its own
         super().__init__(*args, **kwargs)
+        set_timeout(self.args.ddp_timeout)
+        self.add_callback(SaveOnSigterm())
         self._refuse_unsupported()
         self._apply_train_step()
         self._dataflex.domains = self._read_domains(domain_names)

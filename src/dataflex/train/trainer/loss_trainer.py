@@ -59,7 +59,7 @@ class LossTrainer(DynamicTrainer):
     def _describe(self, batches: list[dict[str, Any]], device: torch.device) -> None:
         metas = [batch.pop(META) for batch in batches]
         counts = torch.tensor([[meta.num_samples, meta.num_targets] for meta in metas], dtype=torch.int64)
-        gathered = gather_rows(counts).numpy()  # (ranks, micro-batches, 2)
+        gathered = gather_rows(counts, "the batches").numpy()  # (ranks, micro-batches, 2)
         samples, targets = gathered[..., 0].T, gathered[..., 1].T
         if targets.sum() == 0:
             raise TrainingError(

@@ -112,7 +112,7 @@ class MixTrainer(PlannedTrainer, LossTrainer):
         if not interval.is_warmup and not self.dataflex.static_mix:
             decided = self._mix(interval)
             own = self._as_array(decided) if self.accelerator.is_main_process else np.zeros(0)
-            self.mixture_manager.set_proportions(broadcast_array(own))
+            self.mixture_manager.set_proportions(broadcast_array(own, "the mixture"))
         return self.mixture_manager.plan(number)
 
     def _as_array(self, decided: Any) -> np.ndarray:
@@ -146,7 +146,7 @@ class MixTrainer(PlannedTrainer, LossTrainer):
     def _reduced_history(self) -> torch.Tensor:
         """(steps, k, 4) over all ranks, on the CPU. All ranks must call."""
         own = torch.stack(self._dataflex.history).cpu() if self._dataflex.history else torch.zeros(0, self.mixture_manager.k, 4, dtype=torch.float64)
-        return gather_rows(own).sum(0)
+        return gather_rows(own, "the domains' losses").sum(0)
 
     def _record(self, interval: Interval, rows: np.ndarray, before: np.ndarray, seconds: float) -> None:
         shares = dict(zip(self.domain_names, self.mixture_manager.proportions.tolist(), strict=True))

@@ -78,7 +78,7 @@ class SelectTrainer(PlannedTrainer):
         else:
             chosen = self._select(interval, number)
         own = self._checked(chosen, pool)[:number] if self.accelerator.is_main_process else np.zeros(0, dtype=np.int64)
-        rows = broadcast_array(own)
+        rows = broadcast_array(own, "the rows that were selected")
         if len(rows) < number and not self._dataflex.said_repeated:
             self._dataflex.said_repeated = True
             logger.warning(

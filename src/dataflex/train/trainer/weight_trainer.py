@@ -129,7 +129,7 @@ class WeightTrainer(LossTrainer):
                 f"{type(self.component).__name__} gathers samples over the ranks, but a rank without samples does not call get_weighted_loss; "
                 "derive from SampleWeighter, whose sample_weights is called there too"
             )
-        return gather_ragged(values, lengths)
+        return gather_ragged(values, lengths, f"what {type(self.component).__name__} gathers")
 
     def own_part(self, gathered: torch.Tensor) -> torch.Tensor:
         """This rank's rows of what `gather_samples` returned."""
