@@ -262,6 +262,32 @@ def test_what_is_assigned_to_the_trainer_is_noticed_before_training(tmp_path, ki
     assert trainer.state.global_step == 0
 
 
+def test_a_class_in_front_of_dataflex_may_add_to_it(tmp_path):
+    class Timed(WeightTrainer.over(Trainer)):
+        steps = 0
+
+        def training_step(self, *args, **kwargs):
+            Timed.steps += 1
+            return super().training_step(*args, **kwargs)
+
+    class Instead(WeightTrainer.over(Trainer)):
+        def training_step(self, model, inputs, num_items_in_batch=None):
+            return model(**inputs).loss
+
+    args = TrainingArguments(str(tmp_path), max_steps=2, per_device_train_batch_size=2, report_to="none", use_cpu=True, save_strategy="no")
+    common = {
+        "model": tiny_model(),
+        "args": args,
+        "train_dataset": tiny_rows(4),
+        "data_collator": pad_collator,
+        "dataflex": {"component_name": "loss"},
+    }
+    Timed(**common).train()
+    assert Timed.steps == 2
+    with pytest.raises(ConfigError, match="the training_step of Instead"):
+        Instead(**common)
+
+
 def test_a_wrapper_around_the_trainers_own_method_is_kept(tmp_path):
     trainer = build("weight", Trainer, tmp_path)
     original, seen = trainer.training_step, []
@@ -279,6 +305,9 @@ def test_a_wrapper_around_the_trainers_own_method_is_kept(tmp_path):
 def test_a_host_with_attributes_that_dataflex_needs_is_refused(name):
     with pytest.raises(ConfigError, match=rf"WeightTrainer: cannot be put in front of .*Mine, which has attributes .*: {name}; rename"):
         WeightTrainer.over(type("Mine", (Trainer,), {name: 1}))
+
+    with pytest.raises(ConfigError, match=f"attributes of its own that DataFlex needs: {name}"):
+        type("Direct", (WeightTrainer, type("Mine", (Trainer,), {name: 1})), {})(dataflex={})
 
     code = f"class Mine(Trainer):\n def __init__(self, *args):\n  super().__init__(*args)\n  self.{name} = 0"
     scope = {"Trainer": Trainer}

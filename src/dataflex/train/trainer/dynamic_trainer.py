@@ -111,6 +111,7 @@ class DynamicTrainer(Trainer):
         name = settings.get("component_name") or (type(component).__name__ if component is not None else None)
         self._dataflex = RunState()
         self._dataflex.config = DataflexConfig(**{**settings, "train_type": self.train_type, "component_name": name})
+        hosts.refuse_collisions(type(self), hosts.host_of(type(self)))
         self._refuse(self._unsupported_methods())  # before the host loads models of its own
         super().__init__(*args, **kwargs)
         set_timeout(self.args.ddp_timeout)
@@ -280,7 +281,9 @@ class DynamicTrainer(Trainer):
                 rows = IndexedRows(loader.dataset, self.args.seed)
                 MetaCollator(loader.collate_fn, self.domains, self.args.seed)([rows[Place(0, 0)]])
         except TrainingError as error:
-            self._refuse([f"the batches of {hosts.host_name(self)}: {error}. Only algorithms that look at no tokens can be used, such as random"])
+            self._refuse(
+                [f"the batches of {hosts.host_of(type(self)).__name__}: {error}. Only algorithms that look at no tokens can be used, such as random"]
+            )
 
     @property
     def micro_batch_size(self) -> int:

@@ -62,14 +62,17 @@ def _name(cls: type) -> str:
 def overrides(host: type[Trainer], names: Iterable[str]) -> dict[str, list[str]]:
     """Which of the methods `names` a class and its ancestors define beyond the hosts that are known, by the name of the class that does.
 
-    A known class counts as another one where its method was exchanged for one of another module.
+    A known class counts as another one where its method was exchanged for one of another module. A class in front of DataFlex may add to
+    what DataFlex does, by handing on to it.
     """
     found: dict[str, list[str]] = {}
     for cls in host.__mro__:
-        known = _name(cls) in _KNOWN
+        known, in_front = _name(cls) in _KNOWN, any(_name(ancestor) in _OURS for ancestor in cls.__mro__)
         for name in names if _name(cls) not in _OURS else ():
             method = vars(cls).get(name)
-            if method is None or (name in _LOOP and (known or _hands_on(method, name))):
+            if method is None or (known and name in _LOOP):
+                continue
+            if (name in _LOOP or (in_front and name != "compute_loss")) and _hands_on(method, name):
                 continue
             if not known:
                 found.setdefault(f"{cls.__name__} ({cls.__module__})", []).append(name)
@@ -104,10 +107,9 @@ def _codes(code: CodeType) -> Iterator[CodeType]:
             yield from _codes(constant)
 
 
-def host_name(trainer: Any) -> str:
-    """Name of the class that DataFlex stands in front of."""
-    mro = type(trainer).__mro__
-    return mro[max(place for place, cls in enumerate(mro) if _name(cls) in _OURS) + 1].__name__
+def host_of(cls: type) -> Any:
+    """The class that DataFlex stands in front of."""
+    return cls.__mro__[max(place for place, ancestor in enumerate(cls.__mro__) if _name(ancestor) in _OURS) + 1]
 
 
 def nearest_known(host: type) -> str:
