@@ -93,6 +93,7 @@ def test_the_signal_after_the_last_step_lets_training_end(tmp_path):
     assert trainer.state.global_step == 2 and not list(tmp_path.glob("checkpoint-*"))
 
 
+@pytest.mark.skipif("llamafactory" in HOSTS, reason="its transformers cannot load an optimizer in several CPU processes")
 @pytest.mark.slow
 @pytest.mark.distributed
 def test_two_ranks_stop_after_the_same_step_and_check_weights_together(tmp_path):

@@ -58,8 +58,9 @@ if __name__ == "__main__":
     _, whole = trained(out / "whole")
     ended, stopped = trained(out / "stopped", stop_at={0: 2, 1: 3}[rank()])
     _, resumed = trained(out / "stopped", resume=True)
-    Path("components.yaml").write_text("weighters: {negative_on_rank_1: {params: {}}}")
-    wrong, _ = trained(out / "wrong", component="negative_on_rank_1", dataflex={"components_cfg_file": "components.yaml"})
+    components = out / f"components-{rank()}.yaml"
+    components.write_text("weighters: {negative_on_rank_1: {params: {}}}")
+    wrong, _ = trained(out / "wrong", component="negative_on_rank_1", dataflex={"components_cfg_file": str(components)})
     seen = {
         "code": getattr(ended, "code", None),
         "stopped after": stopped.state.global_step,

@@ -281,9 +281,8 @@ class DynamicTrainer(Trainer):
                 rows = IndexedRows(loader.dataset, self.args.seed)
                 MetaCollator(loader.collate_fn, self.domains, self.args.seed)([rows[Place(0, 0)]])
         except TrainingError as error:
-            self._refuse(
-                [f"the batches of {hosts.host_of(type(self)).__name__}: {error}. Only algorithms that look at no tokens can be used, such as random"]
-            )
+            host = hosts.host_of(type(self)).__name__
+            self._refuse([f"the batches of {host}: {error}. Only algorithms that look at no tokens can be used, such as random"])
 
     @property
     def micro_batch_size(self) -> int:
