@@ -23,7 +23,7 @@ from dataflex.configs.loading import RunFile
 from dataflex.core.row_numbers import ROW_COLUMN, Source
 from dataflex.core.row_table import HELD_OUT, RowTable, joined
 from dataflex.core.state import newest_complete_checkpoint
-from dataflex.errors import TrainingError, listing, nearest
+from dataflex.errors import ConfigError, Problem, TrainingError, listing, nearest
 from dataflex.utils.launching import planned_processes
 
 # Module of each stage's workflow, and the name under which it finds its Trainer.
@@ -161,14 +161,15 @@ def train(run: RunFile, prepared: Prepared) -> None:
     from llamafactory.train.tuner import run_exp
 
     from dataflex.backends.outputs import record_run
+    from dataflex.train.trainer.preemption import SaveOnSigterm
 
-    keys = dict(prepared.keys)
+    keys = _on_a_device(prepared.keys)
     keys.setdefault("do_train", True)
     if run.dataflex.train_step:
         keys["max_steps"] = run.dataflex.train_step
     callbacks = [record_run(run, seed=keys.get("seed", 42), overwrite=False)]  # LLaMA-Factory deletes nothing
     if run.dataflex.train_type == "static":
-        return run_exp(keys, callbacks)
+        return run_exp(keys, [*callbacks, SaveOnSigterm()])
     keys = _with_checkpoint(keys)
     with dynamic_trainer(keys.get("stage", "sft"), run) as made:
         run_exp(keys, callbacks)
@@ -184,10 +185,26 @@ def scoring_trainer(run: RunFile, prepared: Prepared, cache_dir: Path) -> Any:
     run.dataflex = for_scoring(run.dataflex, cache_dir)
     with dynamic_trainer(prepared.keys.get("stage", "sft"), run, leave=True) as made:
         try:
-            run_exp({**prepared.keys, "do_train": True, "output_dir": str(cache_dir)}, [])  # the Trainer makes that folder
+            run_exp({**_on_a_device(prepared.keys), "do_train": True, "output_dir": str(cache_dir)}, [])  # the Trainer makes that folder
         except _Made:
             return made[0]
     raise TrainingError("LLaMA-Factory ran without DataFlex; this version takes its Trainer from elsewhere")
+
+
+def _on_a_device(keys: dict[str, Any]) -> dict[str, Any]:
+    """The keys, with `use_cpu` where there is no GPU: several processes would not know of each other otherwise.
+
+    Raises:
+        ConfigError: the file forbids the CPU, and there is nothing else.
+    """
+    from dataflex.utils.distributed import accelerator_present, unconnected
+
+    if accelerator_present():
+        return dict(keys)
+    apart = "" if keys.get("use_cpu", True) else unconnected(1)
+    if apart:
+        raise ConfigError(Problem("", "use_cpu", apart))
+    return {"use_cpu": True, **keys}
 
 
 class _Made(Exception):

@@ -36,10 +36,14 @@ def training_arguments(keys: dict[str, Any], options: TrlOptions | None, run: Ru
     from transformers import TrainingArguments
     from trl import SFTConfig
 
+    from dataflex.utils.distributed import accelerator_present
+
     ours = {field.name: field.default for field in dataclasses.fields(TrainingArguments)}
     trl_defaults = {field.name: field.default for field in dataclasses.fields(SFTConfig)}
     values = {name: default for name, default in ours.items() if default != trl_defaults[name] and default is not dataclasses.MISSING}
     values |= {key: "no" if value is False and key.endswith("_strategy") else value for key, value in keys.items()}
+    if not accelerator_present():
+        values.setdefault("use_cpu", True)  # otherwise several processes would not know of each other
     if "dataloader_pin_memory" not in keys:
         values["dataloader_pin_memory"] = torch.cuda.is_available()  # otherwise torch warns that there is nothing to pin for
     values |= _checkpointing(keys, enabled=options is not None and not options.disable_gradient_checkpointing, names=ours)
@@ -111,6 +115,7 @@ def make_trainer(run: RunFile, options: TrlOptions, args: SFTConfig, tokenizer: 
     from trl import SFTTrainer
 
     from dataflex.train.trainer.by_type import trainer_for
+    from dataflex.train.trainer.preemption import SaveOnSigterm
 
     peft_config = _lora_config(options) if options.finetuning_type == "lora" and not options.adapter_name_or_path else None
     common: dict[str, Any] = {
@@ -123,9 +128,21 @@ def make_trainer(run: RunFile, options: TrlOptions, args: SFTConfig, tokenizer: 
         "callbacks": [EarlyStoppingCallback(options.early_stopping_steps)] if options.early_stopping_steps else None,
     }
     if run.dataflex.train_type == "static":
-        return SFTTrainer(**common)
+        trainer = _connected(SFTTrainer(**common))
+        trainer.add_callback(SaveOnSigterm())
+        return trainer
     rows = {"domain_names": train_data.names, "row_table": train_data.table}
     return trainer_for(run.dataflex.train_type).over(SFTTrainer)(**common, **rows, dataflex=run.dataflex)
+
+
+def _connected(trainer: Any) -> Any:
+    """The trainer, unless its processes do not know of each other; DataFlex's own look themselves."""
+    from dataflex.utils.distributed import unconnected
+
+    apart = unconnected(trainer.accelerator.num_processes)
+    if apart:
+        raise ConfigError(Problem("", "use_cpu", apart))
+    return trainer
 
 
 def load_tokenizer(options: TrlOptions, run: RunFile) -> PreTrainedTokenizerBase:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 import traceback
 from collections.abc import Callable
@@ -101,7 +100,7 @@ def inspect(
 
 
 def _train(config: str, overrides: list[str]) -> None:
-    from dataflex.cli.launch import launch, should_launch
+    from dataflex.cli.launch import launch, name_rank_in_tracebacks, should_launch
     from dataflex.cli.plan import check_run
 
     if should_launch():
@@ -112,6 +111,7 @@ def _train(config: str, overrides: list[str]) -> None:
     from dataflex.utils.logging import logger, show_logs
 
     show_logs()
+    name_rank_in_tracebacks()
     run, checked = check_run(config, overrides)
     for note in checked.notes:
         logger.warning(note)
@@ -133,17 +133,18 @@ def guarded(action: Callable[[], Any], debug: bool) -> None:
     except DataflexError as error:
         if debug:
             traceback.print_exc()
-        if os.environ.get("RANK", "0") == "0":
-            _print_error(error)
+        _print_error(error)
         sys.exit(2)
 
 
 def _print_error(error: DataflexError) -> None:
-    problems = error.problems if isinstance(error, ConfigError) else [error]
+    from dataflex.cli.launch import rank_prefix
+
+    rank, problems = rank_prefix(), error.problems if isinstance(error, ConfigError) else [error]
     if len(problems) > 1:
-        typer.echo(f"dataflex-cli: {len(problems)} problems", err=True)
+        typer.echo(f"dataflex-cli: {rank}{len(problems)} problems", err=True)
     for problem in problems:
-        typer.echo(f"{'  ' if len(problems) > 1 else 'dataflex-cli: '}{problem}", err=True)
+        typer.echo(f"{'  ' if len(problems) > 1 else f'dataflex-cli: {rank}'}{problem}", err=True)
 
 
 def main() -> None:

@@ -104,6 +104,9 @@ def build_meta(
     Raises:
         TrainingError: the batch has no labels, or cannot be traced back to its rows.
     """
+    for where, found in (("collator's batch", batch), *(("data set's row", row) for row in rows)):
+        if "input_ids" not in found:
+            raise TrainingError(f"the {where} has no input_ids, only {', '.join(found)}; DataFlex cannot see the tokens of its samples")
     documents, sources = _documents(rows, tuple(batch["input_ids"].shape[:2]))
     if "shift_labels" in batch:
         labels = batch["shift_labels"].cpu()

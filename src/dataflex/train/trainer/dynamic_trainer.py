@@ -31,12 +31,14 @@ from dataflex.core.row_table import RowTable
 from dataflex.core.state import load_state, newest_complete_checkpoint, save_state
 from dataflex.errors import ComponentError, ConfigError, Problem, ResumeError, TrainingError
 from dataflex.train.data.fingerprint import dataset_fingerprint
-from dataflex.train.data.index_stream import IndexedRows, IndexStream, PlanStream, RankBatches
+from dataflex.train.data.index_stream import IndexedRows, IndexStream, Place, PlanStream, RankBatches
 from dataflex.train.data.sample_meta import DOMAIN_COLUMN, KeyedCollator, MetaCollator, column_values
 from dataflex.train.trainer import hosts
 from dataflex.train.trainer.metrics import BoundaryMetrics, WeightMetrics
+from dataflex.train.trainer.preemption import SaveOnSigterm
+from dataflex.train.trainer.row_source import number_rows, read_row_numbers
 from dataflex.train.trainer.run_state import RunState
-from dataflex.utils.distributed import gather_rows
+from dataflex.utils.distributed import gather_rows, set_timeout
 from dataflex.utils.logging import logger
 from dataflex.utils.seeding import derive_seed, isolated_rng
 
@@ -74,10 +76,21 @@ class DynamicTrainer(Trainer):
     own_settings: ClassVar[tuple[str, ...]] = ()
     """Further keys of `DataflexConfig` that decide the course of training."""
 
+    _orders_rows: ClassVar[bool] = False
+    """Whether rows come in an order of its own instead of the host's."""
+
+    _builds_loss: ClassVar[bool] = False
+    """Whether the loss is its own instead of the host's."""
+
     @classmethod
     @cache
     def over(cls, base: type[Trainer]) -> Any:
-        """This mixin in front of `base`, a `transformers.Trainer` subclass."""
+        """This mixin in front of `base`, a `transformers.Trainer` subclass.
+
+        Raises:
+            ConfigError: `base` uses a name of DataFlex's for something else.
+        """
+        hosts.refuse_collisions(cls, base)
         return type(cls.__name__.removesuffix("Trainer") + base.__name__, (cls, base), {"__module__": __name__})
 
     def __init__(
@@ -104,11 +117,15 @@ class DynamicTrainer(Trainer):
         name = settings.get("component_name") or (type(component).__name__ if component is not None else None)
         self._dataflex = RunState()
         self._dataflex.config = DataflexConfig(**{**settings, "train_type": self.train_type, "component_name": name})
-        given = hosts.number_rows(super().__init__, args, kwargs)
+        hosts.refuse_collisions(type(self), hosts.host_of(type(self)))
+        self._refuse(self._unsupported_methods())  # before the host loads models of its own
+        given = number_rows(super().__init__, args, kwargs)
         super().__init__(*given.args, **given.kwargs)
+        set_timeout(self.args.ddp_timeout)
+        self.add_callback(SaveOnSigterm())
         self._refuse_unsupported()
         self._apply_train_step()
-        self._dataflex.row_numbers = hosts.read_row_numbers(self, given.dataset, row_table)
+        self._dataflex.row_numbers = read_row_numbers(self, given.dataset, row_table)
         self._dataflex.row_table = row_table
         self._dataflex.domains = self._read_domains(domain_names)
         self._dataflex.domain_names = list(domain_names or self._domain_numbers())
@@ -165,12 +182,19 @@ class DynamicTrainer(Trainer):
         reasons = self._unsupported()
         if self.train_dataset is not None and not hasattr(self.train_dataset, "__len__"):
             reasons.append("a streaming data set: DataFlex needs to know its rows; load it without streaming")
+        self._refuse(reasons)
+
+    def _refuse(self, reasons: list[str]) -> None:
         if reasons:
             raise ConfigError([Problem("", self.train_type, f"cannot be combined with {reason}") for reason in reasons])
 
     def _unsupported(self) -> list[str]:
-        """What of the host's settings this trainer cannot work with."""
-        return hosts.unsupported_order(self)
+        """What of the host and its settings this trainer cannot work with."""
+        return [*self._unsupported_methods(), *hosts.unsupported_order(self)]
+
+    def _unsupported_methods(self) -> list[str]:
+        """Methods of the host's, or assigned to this object, that would undo what is decided."""
+        return hosts.unsupported_methods(type(self), self, sampler=self._orders_rows, loss=self._builds_loss)
 
     def _make_metrics(self) -> WeightMetrics | BoundaryMetrics:
         raise NotImplementedError
@@ -241,6 +265,8 @@ class DynamicTrainer(Trainer):
 
     def get_train_dataloader(self) -> DataLoader:
         loader = super().get_train_dataloader()
+        if self._sees_samples:
+            self._try_batch(loader)
         self._dataflex.stream = self._make_stream(loader)
         workers = self.args.dataloader_num_workers
         self._dataflex.loader = DataLoader(
@@ -262,6 +288,21 @@ class DynamicTrainer(Trainer):
             self._rewind(0)
             self._start_over()
         return self._pacing_loader(loader)
+
+    @property
+    def _sees_samples(self) -> bool:
+        """Whether the tokens of a batch are traced back to their samples."""
+        return self._builds_loss
+
+    def _try_batch(self, loader: DataLoader[Any]) -> None:
+        """Collate the first row, so that batches which cannot be traced back to samples are refused before training."""
+        try:
+            if len(loader.dataset):  # type: ignore[arg-type]
+                rows = IndexedRows(loader.dataset, self.args.seed)
+                MetaCollator(loader.collate_fn, self.domains, self.args.seed)([rows[Place(0, 0)]])
+        except TrainingError as error:
+            host = hosts.host_of(type(self)).__name__
+            self._refuse([f"the batches of {host}: {error}. Only algorithms that look at no tokens can be used, such as random"])
 
     @property
     def micro_batch_size(self) -> int:
@@ -334,6 +375,7 @@ class DynamicTrainer(Trainer):
         super().log(logs, *args, **kwargs)
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        self._refuse_unsupported()  # what was assigned to the trainer since it was made
         self._dataflex.resume = self._resolve_checkpoint(resume_from_checkpoint)
         if self._dataflex.resume is not None:
             load_state(self._dataflex.resume)  # fail before anything is set up

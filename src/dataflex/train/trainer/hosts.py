@@ -2,27 +2,196 @@
 
 from __future__ import annotations
 
+import dis
 import inspect
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from collections.abc import Iterable, Iterator
+from types import CellType, CodeType
+from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
+from transformers import Trainer
 
-from dataflex.core.row_numbers import ROW_COLUMN, RowNumbers
-from dataflex.core.row_table import RowTable
-from dataflex.errors import TrainingError
+from dataflex.errors import ConfigError, Problem, TrainingError
 from dataflex.train.data.sample_meta import BatchMeta
 from dataflex.train.trainer.token_losses import TokenLosses
+from dataflex.utils.distributed import unconnected
 
-# Packages whose `compute_loss` is the plain language-modelling loss that the weighted one takes the place of.
-_KNOWN = ("dataflex.", "transformers.", "trl.", "llamafactory.")
+_SFT = "trl.trainer.sft_trainer.SFTTrainer"
+
+# The hosts whose every method is known. These very classes: what a package adds beside them is not.
+_KNOWN = {
+    "transformers.trainer.Trainer",
+    "transformers.trainer_seq2seq.Seq2SeqTrainer",
+    "trl.trainer.base_trainer._BaseTrainer",
+    _SFT,
+    "llamafactory.train.pt.trainer.CustomTrainer",
+    "llamafactory.train.sft.trainer.CustomSeq2SeqTrainer",
+}
+_OURS = {
+    f"dataflex.train.trainer.{module}.{name}"
+    for module, name in (
+        ("dynamic_trainer", "DynamicTrainer"),
+        ("planned_trainer", "PlannedTrainer"),
+        ("loss_trainer", "LossTrainer"),
+        ("weight_trainer", "WeightTrainer"),
+        ("select_trainer", "SelectTrainer"),
+        ("mix_trainer", "MixTrainer"),
+    )
+}
+
+# Methods through which rows reach the model, and, of the training loop, those that are harmless where they hand on to the one they override.
+SAMPLER = ("_get_train_sampler",)
+BATCHES = ("get_train_dataloader", "_get_dataloader", "get_batch_samples", "_prepare_inputs", "_prepare_input")
+_LOOP = (
+    "train",
+    "_inner_training_loop",
+    "_init_training_state",
+    "_prepare_for_training",
+    "_run_epoch",
+    "_maybe_log_save_evaluate",
+    "_finalize_training",
+)
+LOSS = ("compute_loss", "training_step")
+
+
+def _name(cls: type) -> str:
+    return f"{cls.__module__}.{cls.__qualname__}"
+
+
+def overrides(host: type[Trainer], names: Iterable[str]) -> dict[str, list[str]]:
+    """Which of the methods `names` a class and its ancestors define beyond the hosts that are known, by the name of the class that does.
+
+    A known class counts as another one where its method was exchanged for one of another module. A class in front of DataFlex may add to
+    what DataFlex does, by handing on to it.
+    """
+    found: dict[str, list[str]] = {}
+    for cls in host.__mro__:
+        known, in_front = _name(cls) in _KNOWN, any(_name(ancestor) in _OURS for ancestor in cls.__mro__)
+        for name in names if _name(cls) not in _OURS else ():
+            method = vars(cls).get(name)
+            if method is None or (known and name in _LOOP):
+                continue
+            if (name in _LOOP or (in_front and name != "compute_loss")) and _hands_on(method, name):
+                continue
+            if not known:
+                found.setdefault(f"{cls.__name__} ({cls.__module__})", []).append(name)
+            elif method.__module__ != cls.__module__:
+                found.setdefault(f"{cls.__name__}, put there by {method.__module__}", []).append(name)
+    return found
+
+
+def _set_on_object(trainer: Any, names: Iterable[str]) -> dict[str, list[str]]:
+    """Methods assigned to the trainer itself, apart from wrappers that hold on to the trainer's own."""
+    found = [name for name in names if name in vars(trainer) and not _wraps(vars(trainer)[name], trainer, name)]
+    return {"this trainer, assigned to the object": found} if found else {}
+
+
+def _wraps(function: Any, trainer: Any, name: str) -> bool:
+    """Whether a function holds the trainer's own method: in its closure, as what it wraps, or as an argument bound to it."""
+    held = [getattr(function, "__wrapped__", None), getattr(function, "func", None), *getattr(function, "args", ())]
+    held += [cell.cell_contents for cell in getattr(function, "__closure__", None) or () if cell != CellType()]
+    return any(getattr(method, "__self__", None) is trainer and getattr(method, "__name__", "") == name for method in held)
+
+
+def _hands_on(method: Any, name: str) -> bool:
+    """Whether a method calls the one it overrides."""
+    code = getattr(inspect.unwrap(method), "__code__", None) if callable(method) else None
+    return code is not None and any({"super", name} <= set(part.co_names) for part in _codes(code))
+
+
+def _codes(code: CodeType) -> Iterator[CodeType]:
+    yield code
+    for constant in code.co_consts:
+        if isinstance(constant, CodeType):
+            yield from _codes(constant)
+
+
+def host_of(cls: type) -> Any:
+    """The class that DataFlex stands in front of."""
+    return cls.__mro__[max(place for place, ancestor in enumerate(cls.__mro__) if _name(ancestor) in _OURS) + 1]
+
+
+def nearest_known(host: type) -> str:
+    """The first class of a host's ancestry, itself included, whose methods are known."""
+    return next((cls.__name__ for cls in host.__mro__ if _name(cls) in _KNOWN), "Trainer")
+
+
+def unsupported_methods(host: type[Trainer], trainer: Any = None, *, sampler: bool, loss: bool) -> list[str]:
+    """Methods of a host that would make the rows, or the loss, other than decided; empty when all is well.
+
+    Args:
+        host: the class, with or without DataFlex in front.
+        trainer: an object of it, to which methods may have been assigned.
+        sampler: whether DataFlex decides the order of rows, instead of taking the host's.
+        loss: whether DataFlex builds the loss.
+    """
+    known = nearest_known(host)
+    sides = [
+        (
+            (*(SAMPLER if sampler else ()), *BATCHES, *_LOOP),
+            f"DataFlex hands out the rows of every step itself, and knows only how {known} does; leave it to {known}, with what is special about "
+            "the rows in the data set or the collator, or train without DataFlex",
+        )
+    ]
+    if loss:
+        sides.append((LOSS, f"the weighted loss would take its place; express it as a component, or leave the loss to {known}"))
+    reasons = []
+    for names, why in sides:
+        found = {**overrides(host, names), **({} if trainer is None else _set_on_object(trainer, names))}
+        reasons += [f"the {_and(methods)} of {owner}: {why}" for owner, methods in found.items()]
+    return reasons
+
+
+def _and(names: list[str]) -> str:
+    return " and ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)
+
+
+# ------------------------------------------------------------------------------------------------ names
+
+
+def collisions(mixin: type, host: type[Trainer]) -> list[str]:
+    """Names that DataFlex's `mixin` adds to a Trainer and that a host uses for something else, as a method or on its objects."""
+    ours = {name for cls in mixin.__mro__ if _name(cls) in _OURS for name in vars(cls) if not name.startswith("__")}
+    ours = (ours | {"_dataflex"}) - set(dir(Trainer)) - {"_abc_impl"}
+    theirs = {name for cls in host.__mro__ if _name(cls) not in _OURS for name in (*vars(cls), *_assigned(cls, ours))}
+    return sorted(ours & theirs)
+
+
+def _assigned(cls: type, names: set[str]) -> Iterator[str]:
+    """Those of `names` that the methods of a class assign to `self`."""
+    for member in vars(cls).values():
+        parts = member, *(getattr(member, part, None) for part in ("fget", "fset", "func", "__func__"))
+        for function in parts:
+            code = getattr(inspect.unwrap(function), "__code__", None) if callable(function) else None
+            for part in _codes(code) if code is not None else ():
+                if not names.isdisjoint(part.co_names):  # nearly always disjoint, which costs nothing
+                    yield from _assigned_to_self(part)
+
+
+def _assigned_to_self(code: CodeType) -> Iterator[str]:
+    loaded: Any = None
+    for instruction in dis.get_instructions(code):
+        if instruction.opname == "STORE_ATTR" and loaded == "self":
+            yield instruction.argval
+        value = instruction.argval  # newer Pythons load two variables at once
+        loaded = (value[-1] if isinstance(value, tuple) else value) if instruction.opname.startswith(("LOAD_FAST", "LOAD_DEREF")) else None
+
+
+def refuse_collisions(mixin: type, host: type[Trainer]) -> None:
+    """Raises ConfigError where DataFlex and a host use the same name for different things."""
+    names = collisions(mixin, host)
+    if names:
+        message = f"cannot be put in front of {_name(host)}, which has attributes of its own that DataFlex needs: {', '.join(names)}; rename them"
+        raise ConfigError(Problem("", mixin.__name__, message))
+
+
+# ------------------------------------------------------------------------------------------------ settings
 
 
 def is_trl_sft(trainer: Any) -> bool:
     """Whether the host is TRL's SFTTrainer, which scores labels in a fused output layer of its own."""
-    return any(cls.__name__ == "SFTTrainer" and cls.__module__.startswith("trl.") for cls in type(trainer).__mro__)
+    return any(_name(cls) == _SFT for cls in type(trainer).__mro__)
 
 
 def unsupported_order(trainer: Any) -> list[str]:
@@ -32,6 +201,9 @@ def unsupported_order(trainer: Any) -> list[str]:
         reasons.append(
             "several GPUs in one process (nn.DataParallel): start with torchrun or FORCE_TORCHRUN=1, or show one GPU with CUDA_VISIBLE_DEVICES"
         )
+    apart = unconnected(trainer.accelerator.num_processes)
+    if apart:
+        reasons.append(apart)
     if args.accelerator_config.split_batches:
         reasons.append("accelerator_config.split_batches: DataFlex shares the rows out itself; set it to false")
     parallelism = getattr(trainer.accelerator, "parallelism_config", None)
@@ -42,6 +214,8 @@ def unsupported_order(trainer: Any) -> list[str]:
             )
     if getattr(args, "train_sampling_strategy", None) == "batch_rebalance":
         reasons.append("train_sampling_strategy: batch_rebalance orders rows by rank; use random or sequential")
+    if getattr(args, "enable_jit_checkpoint", False):
+        reasons.append("enable_jit_checkpoint: it saves in the middle of a step; leave it out, DataFlex saves at the end of the step after SIGTERM")
     return reasons
 
 
@@ -54,9 +228,6 @@ def unsupported_loss(trainer: Any) -> list[str]:
         )
     if getattr(trainer.args, "loss_type", "nll") == "dft":
         reasons.append("loss_type: dft replaces the loss that is weighted; set loss_type: nll, or use component_name: dft")
-    own = next((cls for cls in type(trainer).__mro__ if "compute_loss" in vars(cls) and not cls.__module__.startswith(_KNOWN)), None)
-    if own is not None:
-        reasons.append(f"the compute_loss of {own.__name__}: the weighted loss would take its place; express it as a component")
     return reasons
 
 
@@ -121,45 +292,3 @@ def restore_logging_state(trainer: Any, losses: list[float], last_logged: int) -
     trainer._tr_loss = torch.full_like(trainer._tr_loss, loss)
     trainer._total_loss_scalar -= sum(losses) / len(losses)  # it belongs to steps before the checkpoint, which train_loss leaves out
     trainer._globalstep_last_logged = last_logged
-
-
-class Given(NamedTuple):
-    """A host's arguments, and the training data among them as it was given."""
-
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-    dataset: Any
-
-
-def number_rows(init: Callable[..., None], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Given:
-    """Number the training data's rows in a hidden column if the host makes rows of its own of them, as TRL's trainers do.
-
-    Args:
-        init: the host's `__init__`, bound.
-    """
-    names = [name for name, p in inspect.signature(init).parameters.items() if p.kind is p.POSITIONAL_OR_KEYWORD]
-    place = names.index("train_dataset") if "train_dataset" in names else len(args)
-    dataset = args[place] if place < len(args) else kwargs.get("train_dataset")
-    prepares = hasattr(type(init.__self__), "_prepare_dataset")  # type: ignore[attr-defined]
-    skips = any((getattr(value, "dataset_kwargs", None) or {}).get("skip_prepare_dataset") for value in (*args, kwargs.get("args")))
-    if not prepares or skips or not hasattr(dataset, "add_column") or ROW_COLUMN in dataset.column_names:
-        return Given(args, kwargs, dataset)
-    numbered = dataset.add_column(ROW_COLUMN, np.arange(len(dataset)))
-    if place < len(args):
-        return Given((*args[:place], numbered, *args[place + 1 :]), kwargs, numbered)
-    return Given(args, {**kwargs, "train_dataset": numbered}, numbered)
-
-
-def read_row_numbers(trainer: Any, given: Any, table: RowTable | None) -> RowNumbers:
-    """Which of the rows that were given each row is that the host trains on."""
-    dataset, sources = trainer.train_dataset, table.sources if table is not None else []
-    if dataset is None or not hasattr(dataset, "__len__"):
-        return RowNumbers(None, 0)
-    if table is not None and table.unknown:
-        return RowNumbers(None, len(dataset), unknown=table.unknown)
-    if ROW_COLUMN in (getattr(dataset, "column_names", None) or []):
-        total = None if given is None or table is not None else len(given)
-        return RowNumbers.of_dataset(dataset, sources=sources, total=total)
-    if dataset is given:
-        return RowNumbers(None, len(dataset), sources=sources)
-    return RowNumbers(None, len(dataset), unknown="the host makes other rows of it (packing)")

@@ -12,6 +12,7 @@ from torch import nn
 from dataflex.errors import TrainingError
 from dataflex.train.data.sample_meta import META, BatchMeta
 from dataflex.train.trainer import hosts
+from dataflex.train.trainer.contract import WeightContract
 from dataflex.train.trainer.dynamic_trainer import DynamicTrainer
 from dataflex.train.trainer.token_losses import MicroStep, TokenLosses, losses_from_logits
 from dataflex.utils.distributed import gather_rows
@@ -50,6 +51,7 @@ class LossTrainer(DynamicTrainer):
     """Base of the trainers that see every sample's loss."""
 
     own_settings: ClassVar[tuple[str, ...]] = ("loss_normalization", "project_targets_only")
+    _builds_loss = True
 
     def _unsupported(self) -> list[str]:
         return [*super()._unsupported(), *hosts.unsupported_loss(self)]
@@ -57,7 +59,7 @@ class LossTrainer(DynamicTrainer):
     def _describe(self, batches: list[dict[str, Any]], device: torch.device) -> None:
         metas = [batch.pop(META) for batch in batches]
         counts = torch.tensor([[meta.num_samples, meta.num_targets] for meta in metas], dtype=torch.int64)
-        gathered = gather_rows(counts).numpy()  # (ranks, micro-batches, 2)
+        gathered = gather_rows(counts, "the batches").numpy()  # (ranks, micro-batches, 2)
         samples, targets = gathered[..., 0].T, gathered[..., 1].T
         if targets.sum() == 0:
             raise TrainingError(
@@ -66,6 +68,35 @@ class LossTrainer(DynamicTrainer):
         # `full` fills on the device; `tensor` would copy from the CPU and wait for the GPU to catch up.
         totals = [torch.full((), int(total), dtype=torch.int64, device=device) for total in (samples.sum(), targets.sum())]
         self._dataflex.step = OptimizerStep(batches, metas, samples, targets, num_samples=totals[0], num_targets=totals[1])
+
+    # ---------------------------------------------------------------- what the component promises
+
+    def _make_contract(self) -> WeightContract:
+        """What is expected of the weights that the component gives."""
+        raise NotImplementedError
+
+    @property
+    def contract(self) -> WeightContract:
+        """What the component promises about its weights."""
+        if self._dataflex.contract is None:
+            self._dataflex.contract = self._make_contract()
+        contract: WeightContract = self._dataflex.contract
+        return contract
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        if "loss" in logs:
+            self.contract.verify(self.state.global_step)
+        super().log(logs, *args, **kwargs)
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        self.contract.verify(self.state.global_step)  # no checkpoint of what went wrong
+        super()._save_checkpoint(model, trial)
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        self._dataflex.contract = None
+        result = super().train(*args, **kwargs)
+        self.contract.verify(self.state.global_step)
+        return result
 
     # ---------------------------------------------------------------- the optimizer step under way
 

@@ -48,7 +48,7 @@ class WeightMetrics:
         size = len(_SUMS) + 2 * len(self.domains)
         sums = torch.zeros(size, dtype=torch.float64) if self._sums is None else self._sums.cpu()
         extremes = torch.full((2,), -math.inf, dtype=torch.float64) if self._range is None else self._range.cpu()
-        sums, extremes = gather_rows(sums).sum(0), gather_rows(extremes).amax(0)
+        sums, extremes = gather_rows(sums, "the metrics").sum(0), gather_rows(extremes, "the metrics").amax(0)
         return {"sums": sums.tolist(), "range": extremes.tolist()} if sums[0] else None
 
     def restore(self, state: dict[str, list[float]] | None, device: torch.device, keep: bool) -> None:
@@ -123,7 +123,7 @@ class DomainMetrics(BoundaryMetrics):
 
     def merged(self) -> dict[str, Any] | None:
         own = torch.zeros(len(self.domains), 2, dtype=torch.float64) if self._sums is None else self._sums.cpu()
-        return {"values": super().merged(), "sums": gather_rows(own).sum(0).tolist()}
+        return {"values": super().merged(), "sums": gather_rows(own, "the metrics").sum(0).tolist()}
 
     def restore(self, state: dict[str, Any] | None, device: torch.device, keep: bool) -> None:
         state = state or {"values": None, "sums": None}

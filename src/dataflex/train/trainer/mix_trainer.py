@@ -19,6 +19,7 @@ from dataflex.signals.batches import target_counts
 from dataflex.train.data.mixture_manager import MixtureManager
 from dataflex.train.data.sample_meta import MetaCollator
 from dataflex.train.mixer.base_mixer import DomainLosses, Mixer
+from dataflex.train.trainer.contract import WeightContract
 from dataflex.train.trainer.loss_trainer import LossTrainer
 from dataflex.train.trainer.metrics import DomainMetrics
 from dataflex.train.trainer.planned_trainer import PlannedTrainer
@@ -111,7 +112,7 @@ class MixTrainer(PlannedTrainer, LossTrainer):
         if not interval.is_warmup and not self.dataflex.static_mix:
             decided = self._mix(interval)
             own = self._as_array(decided) if self.accelerator.is_main_process else np.zeros(0)
-            self.mixture_manager.set_proportions(broadcast_array(own))
+            self.mixture_manager.set_proportions(broadcast_array(own, "the mixture"))
         return self.mixture_manager.plan(number)
 
     def _as_array(self, decided: Any) -> np.ndarray:
@@ -145,7 +146,7 @@ class MixTrainer(PlannedTrainer, LossTrainer):
     def _reduced_history(self) -> torch.Tensor:
         """(steps, k, 4) over all ranks, on the CPU. All ranks must call."""
         own = torch.stack(self._dataflex.history).cpu() if self._dataflex.history else torch.zeros(0, self.mixture_manager.k, 4, dtype=torch.float64)
-        return gather_rows(own).sum(0)
+        return gather_rows(own, "the domains' losses").sum(0)
 
     def _record(self, interval: Interval, rows: np.ndarray, before: np.ndarray, seconds: float) -> None:
         shares = dict(zip(self.domain_names, self.mixture_manager.proportions.tolist(), strict=True))
@@ -172,11 +173,21 @@ class MixTrainer(PlannedTrainer, LossTrainer):
         super()._describe(batches, device)
         self._dataflex.domain_weights = self._scaled_weights(device) if self._dataflex.reweights else None
 
+    def _make_contract(self) -> WeightContract:
+        return WeightContract(f"{type(self.component).__name__}.token_weights", finite=True, first_step=self.state.global_step)
+
     def _scaled_weights(self, device: torch.device) -> torch.Tensor | None:
         """The mixer's weight of each domain's tokens (k,), scaled to mean 1 over the target tokens of the optimizer step on all ranks."""
         weights = self.component.token_weights(self)
         if weights is None:
             return None
+        if not torch.is_tensor(weights) or weights.shape != (self.mixture_manager.k,):
+            found = tuple(weights.shape) if torch.is_tensor(weights) else type(weights).__name__
+            raise ComponentError(
+                f"{type(self.component).__name__}.token_weights must return one weight per domain ({self.mixture_manager.k},), not {found}"
+            )
+        self.contract.add(weights.detach())
+        self.contract.verify_first(self.state.global_step + 1)
         own = torch.zeros(self.mixture_manager.k, dtype=torch.float64)
         for meta in self.step.metas:
             assert meta.domain_ids is not None

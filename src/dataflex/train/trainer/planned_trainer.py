@@ -43,6 +43,7 @@ class PlannedTrainer(DynamicTrainer):
     """
 
     own_settings: ClassVar[tuple[str, ...]] = ("update_step", "update_times")
+    _orders_rows = True
 
     def _adopt(self, component: Any) -> tuple[Any, dict[str, Any]]:
         for name, value in self._runtime().items():

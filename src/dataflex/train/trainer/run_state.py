@@ -27,11 +27,12 @@ class RunState:
         stream, loader, batches: the order of rows, the loader over it, and the iterator under way.
         settings: what a resumed run must have alike.
         seconds, started: time spent on decisions, and when training began.
-        said_repeated: whether the user knows that rows come up several times.
+        said_repeated, said_mean: whether the user knows that rows come up several times, and that the weights' mean is far from 1.
         in_step: whether a training step is under way, so that a loss is the training loss.
         history, current: sums of domain losses (k, 4) of the steps since the last decision, and of the step under way.
         reweights, domain_weights: whether the mixer weights domains, and how (k,).
         step: the optimizer step under way.
+        contract: what the component promises about its weights.
         active: the weighter whose training step is under way, and whether it weights.
         hidden, features: last hidden states of the micro-batch under way, and the samples' features.
     """
@@ -59,12 +60,14 @@ class RunState:
     seconds: float = 0.0
     started: float | None = None
     said_repeated: bool = False
+    said_mean: bool = False
     in_step: bool = False
     history: list[torch.Tensor] = field(default_factory=list)
     current: torch.Tensor | None = None
     reweights: bool = False
     domain_weights: torch.Tensor | None = None
     step: Any = None
+    contract: Any = None
     active: tuple[Any, bool] | None = None
     hidden: list[torch.Tensor] = field(default_factory=list)
     features: torch.Tensor | None = None

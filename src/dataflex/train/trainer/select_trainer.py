@@ -29,6 +29,10 @@ class SelectTrainer(PlannedTrainer):
 
     train_type = "dynamic_select"
 
+    @property
+    def _sees_samples(self) -> bool:
+        return bool(getattr(self.component, "needs_model", False))
+
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
         if not callable(getattr(self.component, "select", None)):
@@ -74,7 +78,7 @@ class SelectTrainer(PlannedTrainer):
         else:
             chosen = self._select(interval, number)
         own = self._checked(chosen, pool)[:number] if self.accelerator.is_main_process else np.zeros(0, dtype=np.int64)
-        rows = broadcast_array(own)
+        rows = broadcast_array(own, "the rows that were selected")
         if len(rows) < number and not self._dataflex.said_repeated:
             self._dataflex.said_repeated = True
             logger.warning(

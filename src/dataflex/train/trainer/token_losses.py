@@ -90,16 +90,22 @@ class TokenLosses:
         index: where the target tokens stand in the flattened `values` (N,), sample by sample.
         total: adds up a tensor shaped like `values` in the order the host does, so that equal weights give the host's very bits.
         auxiliary: a loss to add as it is, such as a mixture-of-experts router's.
+        plain: gives the cross-entropies of the target tokens (N,) where `values` are something else, such as smoothed ones.
     """
 
     values: torch.Tensor
     index: torch.Tensor
     total: Callable[[torch.Tensor], torch.Tensor] = _plain_sum
     auxiliary: torch.Tensor | None = None
+    plain: Callable[[], torch.Tensor] | None = None
 
     def of_targets(self) -> torch.Tensor:
         """Losses of the target tokens (N,)."""
         return self.values.reshape(-1)[self.index]
+
+    def cross_entropies(self) -> torch.Tensor:
+        """-log p (N,) of the target tokens, without label smoothing."""
+        return self.of_targets() if self.plain is None else self.plain()
 
     def weighted_total(self, weights: torch.Tensor) -> torch.Tensor:
         """sum_t weights_t * loss_t over the target tokens (N,); a weight of 0 silences a loss that is not finite."""
@@ -135,6 +141,11 @@ class MicroStep:
     def token_losses(self) -> torch.Tensor:
         """(N,) with graph."""
         return self.tokens.of_targets()
+
+    @cached_property
+    def token_cross_entropies(self) -> torch.Tensor:
+        """-log p (N,) with graph: the token losses, unless labels are smoothed."""
+        return self.token_losses if self.tokens.plain is None else self.tokens.cross_entropies()
 
     @cached_property
     def sample_losses(self) -> torch.Tensor:
@@ -197,15 +208,15 @@ def losses_from_logits(
     auxiliary = outputs.get("aux_loss") if isinstance(outputs, dict) else None
     auxiliary = None if auxiliary is None or not router_coefficient else router_coefficient * auxiliary
     if projected:
-        values = (
-            F.cross_entropy(at_least_fp32(logits[0]), targets, label_smoothing=smoothing, reduction="none")
-            if smoothing
-            else _TargetCrossEntropy.apply(logits[0], targets)
-        )
-        return TokenLosses(values, torch.arange(meta.num_targets, device=device), auxiliary=auxiliary)
+        logits, plain = logits[0], lambda: F.cross_entropy(at_least_fp32(logits), targets, reduction="none")
+        values = F.cross_entropy(at_least_fp32(logits), targets, label_smoothing=smoothing, reduction="none") if smoothing else None
+        values = _TargetCrossEntropy.apply(logits, targets) if values is None else values
+        return TokenLosses(values, torch.arange(meta.num_targets, device=device), auxiliary=auxiliary, plain=plain if smoothing else None)
     labels, index = _full_labels(logits, meta, targets)
-    values = F.cross_entropy(at_least_fp32(logits).flatten(0, 1), labels, reduction="none", label_smoothing=smoothing)
-    return TokenLosses(values, index, total=lambda summands: _sum_as_cross_entropy(summands, labels), auxiliary=auxiliary)
+    flat = at_least_fp32(logits).flatten(0, 1)
+    values = F.cross_entropy(flat, labels, reduction="none", label_smoothing=smoothing)
+    plain = (lambda: F.cross_entropy(flat[index], targets, reduction="none")) if smoothing else None
+    return TokenLosses(values, index, total=lambda summands: _sum_as_cross_entropy(summands, labels), auxiliary=auxiliary, plain=plain)
 
 
 @contextmanager

@@ -13,11 +13,13 @@ from torch import nn
 from dataflex.errors import ComponentError, ConfigError, Problem, TrainingError
 from dataflex.signals.signals import Signals
 from dataflex.train.trainer import hosts
+from dataflex.train.trainer.contract import WeightContract
 from dataflex.train.trainer.features import captured_hidden_states, pooled_features
 from dataflex.train.trainer.loss_trainer import LossTrainer
 from dataflex.train.trainer.metrics import WeightMetrics
-from dataflex.train.weighter.base_weighter import SampleWeighter, Weighter
+from dataflex.train.weighter.base_weighter import SampleWeighter, TokenWeighter, Weighter
 from dataflex.utils.distributed import gather_ragged
+from dataflex.utils.logging import logger
 
 Signal = Callable[[torch.Tensor], torch.Tensor]
 
@@ -54,9 +56,28 @@ class WeightTrainer(LossTrainer):
             self.component.begin_step(self, model)
         loss = self.component.training_step(self, model, inputs, num_items_in_batch, use_weighter=use_weighter)
         self.step.position += 1
+        if use_weighter:
+            self.contract.close("micro_batch")
         if use_weighter and self.step.position == len(self.step.batches):
             self.component.end_step(self)
+            self.contract.close("step")
+            self.contract.verify_first(self.state.global_step + 1)
         return loss
+
+    def _make_contract(self) -> WeightContract:
+        return WeightContract(type(self.component).__name__, getattr(self.component, "mean_scope", None), first_step=self.state.global_step)
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        super().log(logs, *args, **kwargs)
+        mean = logs.get("dataflex/weight_mean", 1.0)
+        if not 0.1 <= mean <= 10 and not isinstance(self.component, TokenWeighter) and not self._dataflex.said_mean:
+            self._dataflex.said_mean = True
+            logger.warning(
+                "step %d: the weights of %s have mean %.3g, so the learning rate is in effect multiplied by that; weights of mean 1 are expected",
+                self.state.global_step,
+                type(self.component).__name__,
+                mean,
+            )
 
     def run_training_step(self, weighter: Any, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any, use_weighter: bool) -> torch.Tensor:
         """The host's own training step (autocast, backward, ...) with `weighter` building the loss. What `Weighter.training_step` does."""
@@ -108,7 +129,7 @@ class WeightTrainer(LossTrainer):
                 f"{type(self.component).__name__} gathers samples over the ranks, but a rank without samples does not call get_weighted_loss; "
                 "derive from SampleWeighter, whose sample_weights is called there too"
             )
-        return gather_ragged(values, lengths)
+        return gather_ragged(values, lengths, f"what {type(self.component).__name__} gathers")
 
     def own_part(self, gathered: torch.Tensor) -> torch.Tensor:
         """This rank's rows of what `gather_samples` returned."""
@@ -163,8 +184,13 @@ class WeightTrainer(LossTrainer):
             raise TrainingError("no row of the evaluation data has a target token, so there is nothing to compare the samples with")
         return torch.from_numpy(found).double().mean(0).float().to(self.args.device)
 
-    def record_weights(self, weights: torch.Tensor, losses: torch.Tensor) -> None:
-        """Count detached `weights` and `losses` (n,) of the micro-batch for the next log line."""
+    def record_weights(self, weights: torch.Tensor, losses: torch.Tensor, token_weights: torch.Tensor | None = None) -> None:
+        """Count detached `weights` and `losses` (n,) of the micro-batch for the next log line.
+
+        Args:
+            token_weights: weights of its target tokens (N,), whose means `weights` are.
+        """
         meta = self.step.meta
+        self.contract.add(weights if token_weights is None else token_weights, losses)
         assert isinstance(self.metrics, WeightMetrics)
         self.metrics.add(weights, losses, meta.domain_ids, meta.num_without_targets)

@@ -42,6 +42,8 @@ class AdaptWeighter(AnchoredWeighter):
         """
         super().__init__(**kwargs)
         self.tau, self.clip, self.center, self.standardize, self.normalize = tau, clip, center, standardize, normalize
+        if normalize == "none":
+            self.mean_scope = None
 
     def decide(self, signals: torch.Tensor, *, ctx: Any) -> torch.Tensor:
         assert self.target is not None

@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from dataflex.errors import ComponentError
+from dataflex.train.trainer.contract import MeanScope
 from dataflex.train.trainer.token_losses import MicroStep, per_sample_loss_from_logits, segment_means
 
 Scope = Literal["micro", "window"]
@@ -37,6 +38,10 @@ class Weighter(ABC):
 
     pooling: str = "weighted_mean"
     """How `ctx.features` pools hidden states: weighted_mean, mean or last."""
+
+    mean_scope: MeanScope | None = None
+    """Samples over which a sample's weights have mean 1: those of the `micro_batch` or of the optimizer `step`, on all ranks. What is promised
+    here is checked; None promises nothing. That no weight is negative is always checked."""
 
     def __init__(
         self,
@@ -171,6 +176,7 @@ class PopulationWeighter(SampleWeighter):
         """
         super().__init__(**kwargs)
         self.scope = scope
+        self.mean_scope = "step" if scope == "window" else "micro_batch"
         self._window: torch.Tensor | None = None
 
     @classmethod
@@ -202,7 +208,7 @@ class TokenWeighter(Weighter):
 
     @abstractmethod
     def token_weights(self, token_losses: torch.Tensor) -> torch.Tensor:
-        """Weights (N,) of the target tokens from their losses (N,), fp32."""
+        """Weights (N,), none negative, of the target tokens from their cross-entropies -log p (N,), fp32 (without label smoothing)."""
 
     def get_weighted_loss(
         self, losses: torch.Tensor, *, ctx: Any = None, model: nn.Module | None = None, inputs: dict[str, Any] | None = None
@@ -211,7 +217,7 @@ class TokenWeighter(Weighter):
 
     def weighted_loss(self, micro: MicroStep, *, ctx: Any, model: nn.Module, inputs: dict[str, Any]) -> torch.Tensor:
         losses = micro.token_losses
-        weights = self.token_weights(losses)
+        weights = self.token_weights(micro.token_cross_entropies)
         if weights.shape != losses.shape:
             shapes = f"{tuple(losses.shape)}, not {tuple(weights.shape)}"
             raise ComponentError(f"{type(self).__name__}.token_weights must return one weight per token {shapes}")
@@ -219,7 +225,7 @@ class TokenWeighter(Weighter):
         detached = weights.detach()
         if micro.meta.num_samples:
             per_sample = segment_means(detached, micro.counts)
-            ctx.record_weights(per_sample, micro.sample_losses.detach())
+            ctx.record_weights(per_sample, micro.sample_losses.detach(), token_weights=detached)
         return micro.weight_tokens(weights)
 
     def plain_loss(self, micro: MicroStep) -> torch.Tensor:

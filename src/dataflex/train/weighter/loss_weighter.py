@@ -52,6 +52,8 @@ class LossWeighter(PopulationWeighter):
         super().__init__(scope="window" if scope == "window" else "micro", **kwargs)
         self.strategy, self.delta, self.r, self.r_init, self.r_steps, self.anneal = strategy, delta, r, r_init, r_steps, anneal
         self.ema: RunningScale | None = RunningScale(strategy, delta, ema_decay) if scope == "ema" else None
+        if scope == "ema":
+            self.mean_scope = None  # mean 1 in the long run only
 
     def temperature(self, step: int) -> float:
         return annealed(self.r, self.r_init, step, self.r_steps, self.anneal)
