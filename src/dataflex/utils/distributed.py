@@ -88,3 +88,12 @@ def sum_over_ranks(value: torch.Tensor) -> torch.Tensor:
     parts = [torch.empty_like(value) for _ in range(world_size())]
     dist.all_gather(parts, value.contiguous())
     return torch.stack(parts).sum(0)
+
+
+def gather_objects(value: Any) -> list[Any]:
+    """One small object per rank, in rank order."""
+    if world_size() == 1:
+        return [value]
+    values: list[Any] = [None] * world_size()
+    dist.all_gather_object(values, value, group=_cpu_group())
+    return values
