@@ -70,6 +70,12 @@ def check_still_there(output_dir: str | Path) -> None:
         raise TrainingError(message)
 
 
+def any_record(output_dir: str | Path) -> bool:
+    """Whether a run has left something in `output_dir/dataflex` beside its lock, which a killed one leaves."""
+    folder = Path(output_dir) / "dataflex"
+    return folder.is_dir() and any(path.name != NAME for path in folder.iterdir())
+
+
 class _Lock:
     """The lock while it is held."""
 

@@ -21,6 +21,11 @@ def rank() -> int:
     return dist.get_rank() if world_size() > 1 else 0
 
 
+def is_main_process() -> bool:
+    """Whether a launcher started this process as the first one of its run; known before the processes are connected."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 def leave() -> None:
     """End a distributed program in order; call it last. In a single process it does nothing.
 

@@ -12,6 +12,14 @@ class RunFinished(Exception):
     """There is nothing to do, and the message says so."""
 
 
+def for_command(trainer: Any, keys: dict[str, Any]) -> Any:
+    """The trainer of a command, which leaves when the run is finished; and with the one switch whose default differs from the host's as the
+    user's keys have it."""
+    trainer._dataflex.leave_when_finished = True
+    trainer.args.restore_callback_states_from_checkpoint = keys.get("restore_callback_states_from_checkpoint") is not False
+    return trainer
+
+
 def _path(output_dir: str | Path) -> Path:
     return Path(output_dir) / "dataflex" / "finished.json"
 
