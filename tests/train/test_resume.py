@@ -155,13 +155,10 @@ def test_cut_off_and_missing_host_files_make_a_checkpoint_incomplete(finished):
     folder = checkpoint.parent
     newest = max(int(path.name.split("-")[1]) for path in folder.glob("checkpoint-*"))
     (folder / f"checkpoint-{newest}" / "trainer_state.json").write_text('{"epoch": 1.0, ')
-    state = folder / f"checkpoint-{newest - 1}" / "dataflex" / "state.json"
-    content = json.loads(state.read_text())
-    content["pending"]["loss"] = [0.0, 0.0]  # as if two ranks had written it
-    state.write_text(json.dumps(content))
+    (folder / f"checkpoint-{newest - 1}" / "rng_state.pth").unlink()
     found, skipped = newest_complete_checkpoint(folder)
     assert found == folder / f"checkpoint-{newest - 2}"
-    assert "cut off" in skipped[0] and "rng_state_0.pth, rng_state_1.pth" in skipped[1]
+    assert "trainer_state.json is damaged: it is cut off" in skipped[0] and "(no rng_state.pth)" in skipped[1]
 
 
 def test_an_overwritten_checkpoint_does_not_look_whole_before_it_is(finished, monkeypatch):

@@ -1,7 +1,7 @@
 """LLaMA-Factory as the backend: its own `train`, with DataFlex in front of its Trainer. All that depends on its version is in this file.
 
-A static run is `llamafactory-cli train` itself. For a dynamic one, LLaMA-Factory's workflow runs as it is, too; only the Trainer class and the
-data function that it takes from its module's namespace are replaced while it runs, and put back afterwards.
+LLaMA-Factory's workflow runs as it is; only the Trainer class and the data function that it takes from its module's namespace are replaced
+while it runs, and put back afterwards. In a static run the Trainer only keeps its checkpoints more carefully, and the data are LLaMA-Factory's.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
@@ -22,9 +22,11 @@ from dataflex.backends import Sizes, for_scoring
 from dataflex.configs.loading import RunFile
 from dataflex.core.row_numbers import ROW_COLUMN, Source
 from dataflex.core.row_table import HELD_OUT, RowTable, joined
-from dataflex.core.state import newest_complete_checkpoint
+from dataflex.core.state import checkpoint_folders, newest_complete_checkpoint
 from dataflex.errors import ConfigError, Problem, TrainingError, listing, nearest
+from dataflex.utils.distributed import is_main_process
 from dataflex.utils.launching import planned_processes
+from dataflex.utils.logging import logger
 
 # Module of each stage's workflow, and the name under which it finds its Trainer.
 TRAINERS = {
@@ -157,24 +159,31 @@ def summary(run: RunFile, prepared: Prepared) -> tuple[list[tuple[str, str]], Si
 
 
 def train(run: RunFile, prepared: Prepared) -> None:
-    """Run `llamafactory-cli train` with these keys, with DataFlex in front of its Trainer unless the training is static."""
+    """Run `llamafactory-cli train` with these keys, with DataFlex in front of its Trainer; in a static training it only keeps the checkpoints."""
     from llamafactory.train.tuner import run_exp
 
     from dataflex.backends.outputs import record_run
-    from dataflex.train.trainer.preemption import SaveOnSigterm
+    from dataflex.core.lock import run_lock
+    from dataflex.train.trainer.finished import RunFinished, for_command, write_finished
 
     keys = _on_a_device(prepared.keys)
     keys.setdefault("do_train", True)
     if run.dataflex.train_step:
         keys["max_steps"] = run.dataflex.train_step
     callbacks = [record_run(run, seed=keys.get("seed", 42), overwrite=False)]  # LLaMA-Factory deletes nothing
-    if run.dataflex.train_type == "static":
-        return run_exp(keys, [*callbacks, SaveOnSigterm()])
-    keys = _with_checkpoint(keys)
-    with dynamic_trainer(keys.get("stage", "sft"), run) as made:
-        run_exp(keys, callbacks)
-    if not made:
-        raise TrainingError("LLaMA-Factory trained without DataFlex; this version takes its Trainer from elsewhere")
+    static, stage = run.dataflex.train_type == "static", keys.get("stage", "sft")
+    with run_lock(keys["output_dir"], active=is_main_process()):
+        keys = _with_checkpoint(keys, static=static)
+        if stage not in TRAINERS or not keys["do_train"]:
+            return run_exp(keys, callbacks)
+        with dynamic_trainer(stage, run, prepare=lambda trainer: for_command(trainer, keys)) as made:
+            try:
+                run_exp(keys, callbacks)
+            except RunFinished as finished:
+                return logger.warning("%s", finished)
+        if not made:
+            raise TrainingError("LLaMA-Factory trained without DataFlex; this version takes its Trainer from elsewhere")
+        write_finished(made[-1])
     return None
 
 
@@ -211,39 +220,50 @@ class _Made(Exception):
     """The trainer is there, and that is all that was wanted."""
 
 
-def _with_checkpoint(keys: dict[str, Any]) -> dict[str, Any]:
-    """LLaMA-Factory goes on from the last checkpoint in output_dir by itself; let it be the last complete one."""
-    if keys.get("resume_from_checkpoint") or keys.get("overwrite_output_dir"):
+def _with_checkpoint(keys: dict[str, Any], *, static: bool) -> dict[str, Any]:
+    """LLaMA-Factory goes on from the last checkpoint in output_dir by itself; let it be the last complete one, or none if none is."""
+    if keys.get("resume_from_checkpoint") or keys.get("overwrite_output_dir") or not checkpoint_folders(keys["output_dir"]):
         return keys
-    found, _ = newest_complete_checkpoint(keys["output_dir"])
-    return keys if found is None else {**keys, "resume_from_checkpoint": str(found)}
+    found, skipped = newest_complete_checkpoint(keys["output_dir"], with_state=not static)
+    for reason in skipped:
+        logger.warning("not resuming: %s", reason)
+    if found is None:
+        logger.warning("%s holds no checkpoint that can be resumed, so training starts anew", keys["output_dir"])
+    guarded = keys.get("stage", "sft") in TRAINERS  # then DataFlex looks at every byte and takes the newest that is whole
+    return {**keys, "resume_from_checkpoint": found is not None if guarded or found is None else str(found)}
 
 
 @contextmanager
-def dynamic_trainer(stage: str, run: RunFile, leave: bool = False) -> Iterator[list[Any]]:
+def dynamic_trainer(stage: str, run: RunFile, leave: bool = False, prepare: Callable[[Any], Any] = lambda trainer: None) -> Iterator[list[Any]]:
     """Within the block the workflow of `stage` makes its Trainer with DataFlex in front. Yields the trainers it has made.
 
     Args:
         leave: leave the workflow as soon as there is one.
+        prepare: what to do with a trainer that was made.
     """
     from dataflex.train.trainer.by_type import trainer_for
 
     module_name, name = TRAINERS[stage]
     module = import_module(module_name)
     original, get_dataset = getattr(module, name), module.get_dataset
+    static = run.dataflex.train_type == "static"
     made: list[Any] = []
     domains: list[str] = []
     tables: list[RowTable] = []
 
     def make(*args: Any, **kwargs: Any) -> Any:
         rows = {"domain_names": domains or None, "row_table": joined(tables) if tables else None}
-        made.append(trainer_for(run.dataflex.train_type).over(original)(*args, dataflex=run.dataflex, **rows, **kwargs))
+        ours = {} if static else {"dataflex": run.dataflex, **rows}
+        made.append(trainer_for(run.dataflex.train_type).over(original)(*args, **ours, **kwargs))
+        prepare(made[-1])
         if leave:
             raise _Made
         return made[-1]
 
     def get(template: Any, model_args: Any, data_args: Any, training_args: Any, stage: str, *args: Any, **kwargs: Any) -> Any:
         names = data_args.dataset or []
+        if static:
+            return get_dataset(template, model_args, data_args, training_args, stage, *args, **kwargs)
         if not names or data_args.streaming or data_args.tokenized_path or data_args.mix_strategy != "concat":
             tables[:] = [RowTable(unknown="LLaMA-Factory reads them from tokenized_path, or mixes them")]
             return get_dataset(template, model_args, data_args, training_args, stage, *args, **kwargs)

@@ -46,7 +46,7 @@ def start_output_dir(run: RunFile, output_dir: str, *, seed: int, overwrite: boo
     """
     folder = Path(output_dir)
     if overwrite:
-        for path in [*folder.glob("checkpoint-*"), *(path for path in (folder / "dataflex").glob("*") if path.name != "cache")]:
+        for path in [*folder.glob("checkpoint-*"), *(path for path in (folder / "dataflex").glob("*") if path.name not in ("cache", "lock"))]:
             shutil.rmtree(path) if path.is_dir() else path.unlink()
     metadata = {
         "created": datetime.now(UTC).isoformat(timespec="seconds"),

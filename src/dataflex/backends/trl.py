@@ -18,8 +18,8 @@ from dataflex.backends.templates import resolve_template
 from dataflex.backends.trl_checks import Checked, check, model_path, resume_value, summary
 from dataflex.configs.loading import RunFile
 from dataflex.core.row_numbers import ROW_COLUMN, RowNumbers
-from dataflex.core.state import newest_complete_checkpoint
-from dataflex.errors import ConfigError, Problem, ResumeError
+from dataflex.errors import ConfigError, Problem
+from dataflex.utils.distributed import is_main_process
 from dataflex.utils.logging import logger
 
 __all__ = ["check", "scoring_trainer", "summary", "train"]
@@ -79,15 +79,24 @@ def _checkpointing(keys: dict[str, Any], *, enabled: bool, names: Container[str]
 def train(run: RunFile, prepared: Checked) -> None:
     """Train, evaluate and write everything into `output_dir`."""
     from dataflex.backends.outputs import finish, record_rows, record_run
+    from dataflex.core.lock import run_lock
+    from dataflex.train.trainer.finished import RunFinished, for_command, write_finished
 
     options = prepared.options
-    args = training_arguments(prepared.trainer_keys, options, run)
-    trainer, data = _assembled(run, prepared, args)
-    trainer.add_callback(record_run(run, seed=args.seed, overwrite=options.overwrite_output_dir))
-    if run.dataflex.train_type == "static":
-        trainer.add_callback(record_rows(data.table, RowNumbers.of_dataset(data.dataset, sources=data.table.sources)))
-    result = trainer.train(resume_from_checkpoint=_checkpoint(args, static=run.dataflex.train_type == "static"))
-    finish(trainer, result, plot=options.plot_loss)
+    with run_lock(prepared.trainer_keys["output_dir"], active=is_main_process()):
+        args = training_arguments(prepared.trainer_keys, options, run)
+        trainer, data = _assembled(run, prepared, args)
+        for_command(trainer, prepared.trainer_keys)
+        trainer.add_callback(record_run(run, seed=args.seed, overwrite=options.overwrite_output_dir))
+        if run.dataflex.train_type == "static":
+            trainer.add_callback(record_rows(data.table, RowNumbers.of_dataset(data.dataset, sources=data.table.sources)))
+        try:
+            result = trainer.train(resume_from_checkpoint=resume_value(args.resume_from_checkpoint))
+        except RunFinished as finished:
+            return logger.warning("%s", finished)
+        finish(trainer, result, plot=options.plot_loss)
+        write_finished(trainer)
+    return None
 
 
 def scoring_trainer(run: RunFile, prepared: Checked, cache_dir: Path) -> Any:
@@ -110,12 +119,11 @@ def _assembled(run: RunFile, prepared: Checked, args: SFTConfig) -> tuple[Any, E
 
 
 def make_trainer(run: RunFile, options: TrlOptions, args: SFTConfig, tokenizer: Any, train_data: Encoded, eval_data: Any) -> Any:
-    """TRL's SFTTrainer, with DataFlex in front unless the training is static."""
+    """TRL's SFTTrainer with DataFlex in front, which in a static training only keeps the checkpoints."""
     from transformers import EarlyStoppingCallback
     from trl import SFTTrainer
 
     from dataflex.train.trainer.by_type import trainer_for
-    from dataflex.train.trainer.preemption import SaveOnSigterm
 
     peft_config = _lora_config(options) if options.finetuning_type == "lora" and not options.adapter_name_or_path else None
     common: dict[str, Any] = {
@@ -127,22 +135,10 @@ def make_trainer(run: RunFile, options: TrlOptions, args: SFTConfig, tokenizer: 
         "peft_config": peft_config,
         "callbacks": [EarlyStoppingCallback(options.early_stopping_steps)] if options.early_stopping_steps else None,
     }
+    trainer = trainer_for(run.dataflex.train_type).over(SFTTrainer)
     if run.dataflex.train_type == "static":
-        trainer = _connected(SFTTrainer(**common))
-        trainer.add_callback(SaveOnSigterm())
-        return trainer
-    rows = {"domain_names": train_data.names, "row_table": train_data.table}
-    return trainer_for(run.dataflex.train_type).over(SFTTrainer)(**common, **rows, dataflex=run.dataflex)
-
-
-def _connected(trainer: Any) -> Any:
-    """The trainer, unless its processes do not know of each other; DataFlex's own look themselves."""
-    from dataflex.utils.distributed import unconnected
-
-    apart = unconnected(trainer.accelerator.num_processes)
-    if apart:
-        raise ConfigError(Problem("", "use_cpu", apart))
-    return trainer
+        return trainer(**common)
+    return trainer(**common, dataflex=run.dataflex, domain_names=train_data.names, row_table=train_data.table)
 
 
 def load_tokenizer(options: TrlOptions, run: RunFile) -> PreTrainedTokenizerBase:
@@ -278,14 +274,3 @@ def held_out_rows(rows: int, val_size: float) -> int:
     if val_size and not 0 < number < rows:
         raise ConfigError(Problem("", "val_size", f"{val_size:g} takes {number} of {rows} rows; at least one must remain on either side"))
     return number
-
-
-def _checkpoint(args: SFTConfig, *, static: bool) -> str | bool | None:
-    """What to resume from. DataFlex's trainers find the newest complete checkpoint themselves; for a static run it is found here."""
-    value = resume_value(args.resume_from_checkpoint)
-    if value is not True or not static:
-        return value
-    found, _ = newest_complete_checkpoint(str(args.output_dir), with_state=False)
-    if found is None:
-        raise ResumeError(f"resume_from_checkpoint: true, but {args.output_dir} holds no checkpoint that can be resumed")
-    return str(found)

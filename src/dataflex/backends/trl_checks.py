@@ -22,8 +22,9 @@ from dataflex.backends.options import NOT_HONOURED, WITHOUT_EFFECT, TrlOptions
 from dataflex.backends.templates import resolve_template
 from dataflex.configs.loading import RunFile, checked
 from dataflex.configs.values import wording
-from dataflex.core.state import load_state, newest_complete_checkpoint
-from dataflex.errors import ConfigError, ResumeError, listing, nearest
+from dataflex.core.lock import any_record
+from dataflex.core.state import checkpoint_flaws, newest_complete_checkpoint
+from dataflex.errors import ConfigError, listing, nearest
 from dataflex.train.data.sample_meta import DOMAIN_COLUMN, column_values
 from dataflex.utils.launching import planned_processes
 
@@ -288,7 +289,7 @@ def _check_output_dir(options: TrlOptions, keys: dict[str, Any], run: RunFile) -
             "output_dir", f"'{folder}' cannot be written: '{existing}' is {'write-protected' if existing.is_dir() else 'a file, not a folder'}"
         )
     resume = resume_value(keys.get("resume_from_checkpoint"))
-    holds_run = folder.is_dir() and (any(folder.glob("checkpoint-*")) or (folder / "dataflex").exists() or (folder / "trainer_state.json").exists())
+    holds_run = folder.is_dir() and (any(folder.glob("checkpoint-*")) or any_record(folder) or (folder / "trainer_state.json").exists())
     if holds_run and not resume and not options.overwrite_output_dir:
         run.add(
             "output_dir",
@@ -306,7 +307,7 @@ def resume_value(value: str | bool | None) -> str | bool | None:
 
 
 def _check_checkpoint(resume: str | bool | None, folder: Path, run: RunFile) -> None:
-    """Whether there is a checkpoint to resume from; a dynamic run's must also hold DataFlex's state."""
+    """Whether there is a checkpoint to resume from, as far as names, sizes and DataFlex's state tell; training reads every byte of it."""
     dynamic = run.dataflex.train_type != "static"
     if resume is True:
         found, skipped = newest_complete_checkpoint(folder, with_state=dynamic)
@@ -317,11 +318,9 @@ def _check_checkpoint(resume: str | bool | None, folder: Path, run: RunFile) -> 
             )
     elif resume and not (Path(resume) / "trainer_state.json").is_file():
         run.add("resume_from_checkpoint", f"'{resume}' is not a complete checkpoint (no trainer_state.json)")
-    elif resume and dynamic:
-        try:
-            load_state(resume)
-        except ResumeError as error:
-            run.add("resume_from_checkpoint", str(error))
+    elif resume:
+        for flaw in checkpoint_flaws(Path(resume), with_state=dynamic, named=True):
+            run.add("resume_from_checkpoint", flaw)
 
 
 def _find(names: list[str], folder: Path, options: TrlOptions, key: str, run: RunFile) -> list[DatasetSpec]:

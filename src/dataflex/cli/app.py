@@ -102,9 +102,11 @@ def inspect(
 def _train(config: str, overrides: list[str]) -> None:
     from dataflex.cli.launch import launch, name_rank_in_tracebacks, should_launch
     from dataflex.cli.plan import check_run
+    from dataflex.core.lock import refuse_if_locked
 
     if should_launch():
-        check_run(config, overrides)  # a mistake is reported once, by this process
+        run, _ = check_run(config, overrides)  # a mistake is reported once, by this process
+        refuse_if_locked(run.backend["output_dir"])
         raise typer.Exit(launch(["train", config, *overrides]))
     from dataflex.backends import load_backend
     from dataflex.utils.distributed import leave

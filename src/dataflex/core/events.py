@@ -6,7 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from dataflex.utils.files import write_text_atomically
+from dataflex.utils.files import write_bytes_atomically
+from dataflex.utils.logging import logger
 
 
 class EventLog:
@@ -23,12 +24,25 @@ class EventLog:
                 file.write(json.dumps({"step": step, "event": event, **details}) + "\n")
 
     def rewind(self, step: int) -> None:
-        """Drop the events of `step` and later: training goes on from there and writes them again."""
-        if self.active and self.path.is_file():
-            lines = self.path.read_text(encoding="utf-8").splitlines()
-            kept = [line for line in lines if _complete(line) and json.loads(line)["step"] < step]
-            write_text_atomically(self.path, "".join(line + "\n" for line in kept))
+        """Drop the events of `step` and later: training goes on from there and writes them again. Damaged lines go, too: a killed process
+        may leave half of one."""
+        if not self.active or not self.path.is_file():
+            return
+        lines = self.path.read_bytes().split(b"\n")
+        steps = [_step(line) for line in lines]
+        damaged = [number for number, (line, found) in enumerate(zip(lines, steps, strict=True), 1) if found is None and line]
+        if damaged and step:
+            places = ", ".join(map(str, damaged[:10])) + (" ..." if len(damaged) > 10 else "")
+            logger.warning("%s: damaged lines are left out: %s", self.path, places)
+        kept = [line + b"\n" for line, found in zip(lines, steps, strict=True) if found is not None and found < step]
+        write_bytes_atomically(self.path, b"".join(kept))
 
 
-def _complete(line: str) -> bool:
-    return line.startswith("{") and line.endswith("}")  # a killed process may leave half a line at the end
+def _step(line: bytes) -> int | None:
+    """The step of an event, or None if the line holds none."""
+    try:
+        event = json.loads(line)
+    except (ValueError, RecursionError):  # no JSON, or no UTF-8
+        return None
+    whole = isinstance(event, dict) and isinstance(event.get("event"), str) and type(event.get("step")) is int
+    return event["step"] if whole else None

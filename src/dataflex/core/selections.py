@@ -10,6 +10,7 @@ import numpy as np
 from dataflex.core.row_numbers import RowNumbers
 from dataflex.functional.ranking import top_n
 from dataflex.utils.files import write_array_atomically, write_json_atomically
+from dataflex.utils.logging import logger
 
 SHOWN = 20
 
@@ -31,7 +32,8 @@ class SelectionLog:
 
     def steps(self) -> list[int]:
         """Steps at which there was a decision, in order."""
-        return sorted(int(path.stem.removeprefix("step_")) for path in self.folder.glob("step_*.npy"))
+        names = (path.stem.removeprefix("step_") for path in self.folder.glob("step_*.npy"))
+        return sorted(int(name) for name in names if name.isdecimal())
 
     def rewind(self, step: int) -> None:
         """Drop the decisions of `step` and later: training goes on from there and writes them again."""
@@ -46,8 +48,20 @@ class SelectionLog:
         if self._counts is None:
             self._counts = np.zeros(num_rows, dtype=np.int64)
             for step in self.steps():
-                np.add.at(self._counts, np.load(self.folder / f"step_{step}.npy"), 1)
+                np.add.at(self._counts, self._rows(step, num_rows), 1)
         return self._counts
+
+    def _rows(self, step: int, num_rows: int) -> np.ndarray:
+        """The rows of an earlier decision; none of a damaged file, which no run should fail for."""
+        path = self.folder / f"step_{step}.npy"
+        try:
+            rows = np.load(path, allow_pickle=False)
+            if rows.ndim != 1 or rows.dtype != np.int64 or not ((rows >= 0) & (rows < num_rows)).all():
+                raise ValueError(f"it does not hold rows of a data set of {num_rows}")
+        except (ValueError, OSError, EOFError) as error:
+            logger.warning("%s is damaged (%s), so its rows are missing in summary.json", path, error)
+            return np.zeros(0, dtype=np.int64)
+        return rows
 
     def summarise(self, numbers: RowNumbers, domains: np.ndarray | None, names: Sequence[str], text: Callable[[int], str]) -> None:
         """Write summary.json: the rows of the user's data chosen most often and least often, ties by row.

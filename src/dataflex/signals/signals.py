@@ -178,7 +178,7 @@ class Signals:
         # Rows that are not read for the fingerprint could be other ones in the next run.
         cache_dir = self.cache_dir if isinstance(dataset, AnswersAlone) or has_content(dataset) else None
         key = "" if cache_dir is None else self._key(signal, dataset, rows, parameters)
-        store = PartStore(cache_dir, signal, key, rank, world)
+        store = PartStore(cache_dir, signal, key, rank, world, (len(rows), width), dtype)
         whole = store.whole()
         if int(gather_rows(torch.tensor([whole is not None])).sum()) == world and whole is not None:
             return whole

@@ -44,6 +44,11 @@ def unconnected(processes: int) -> str:
     )
 
 
+def is_main_process() -> bool:
+    """Whether a launcher started this process as the first one of its run; known before the processes are connected."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 def leave() -> None:
     """End a distributed program in order; call it last. In a single process it does nothing.
 
@@ -152,3 +157,12 @@ def sum_over_ranks(value: torch.Tensor, what: str = "the sums") -> torch.Tensor:
     with _waiting(what):
         dist.all_gather(parts, value.contiguous())
     return torch.stack(parts).sum(0)
+
+
+def gather_objects(value: Any) -> list[Any]:
+    """One small object per rank, in rank order."""
+    if world_size() == 1:
+        return [value]
+    values: list[Any] = [None] * world_size()
+    dist.all_gather_object(values, value, group=_cpu_group())
+    return values

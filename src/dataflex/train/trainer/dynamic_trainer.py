@@ -28,51 +28,24 @@ from dataflex.core.plugins import load_plugins
 from dataflex.core.registry import REGISTRY
 from dataflex.core.row_numbers import RowNumbers
 from dataflex.core.row_table import RowTable
-from dataflex.core.state import load_state, newest_complete_checkpoint, save_state
-from dataflex.errors import ComponentError, ConfigError, Problem, ResumeError, TrainingError
+from dataflex.core.state import load_state
+from dataflex.errors import ComponentError, ConfigError, Problem, TrainingError
 from dataflex.train.data.fingerprint import dataset_fingerprint
 from dataflex.train.data.index_stream import IndexedRows, IndexStream, Place, PlanStream, RankBatches
 from dataflex.train.data.sample_meta import DOMAIN_COLUMN, KeyedCollator, MetaCollator, column_values
 from dataflex.train.trainer import hosts
+from dataflex.train.trainer.checkpointing import CheckpointedTrainer
 from dataflex.train.trainer.metrics import BoundaryMetrics, WeightMetrics
-from dataflex.train.trainer.preemption import SaveOnSigterm
 from dataflex.train.trainer.row_source import number_rows, read_row_numbers
 from dataflex.train.trainer.run_state import RunState
-from dataflex.utils.distributed import gather_rows, set_timeout
-from dataflex.utils.logging import logger
 from dataflex.utils.seeding import derive_seed, isolated_rng
 
-# Training arguments that change the course of training; a resume with others is another run.
-_COURSE = (
-    "learning_rate",
-    "lr_scheduler_type",
-    "warmup_steps",
-    "weight_decay",
-    "adam_beta1",
-    "adam_beta2",
-    "adam_epsilon",
-    "max_grad_norm",
-    "optim",
-    "gradient_accumulation_steps",
-    "num_train_epochs",
-    "max_steps",
-    "seed",
-    "data_seed",
-    "label_smoothing_factor",
-    "dataloader_drop_last",
-    "train_sampling_strategy",
-    "lr_scheduler_kwargs",
-    "optim_args",
-    "neftune_noise_alpha",
-    "bf16",
-    "fp16",
-)
 
-
-class DynamicTrainer(Trainer):
+class DynamicTrainer(CheckpointedTrainer):
     """Base of `WeightTrainer` and its siblings. Use them: `WeightTrainer.over(SFTTrainer)(..., dataflex=DataflexConfig(...))`."""
 
     train_type: ClassVar[TrainType]
+    needs_state = True
     own_settings: ClassVar[tuple[str, ...]] = ()
     """Further keys of `DataflexConfig` that decide the course of training."""
 
@@ -119,10 +92,8 @@ class DynamicTrainer(Trainer):
         self._dataflex.config = DataflexConfig(**{**settings, "train_type": self.train_type, "component_name": name})
         hosts.refuse_collisions(type(self), hosts.host_of(type(self)))
         self._refuse(self._unsupported_methods())  # before the host loads models of its own
-        given = number_rows(super().__init__, args, kwargs)
+        given = number_rows(hosts.host_of(type(self)), args, kwargs)
         super().__init__(*given.args, **given.kwargs)
-        set_timeout(self.args.ddp_timeout)
-        self.add_callback(SaveOnSigterm())
         self._refuse_unsupported()
         self._apply_train_step()
         self._dataflex.row_numbers = read_row_numbers(self, given.dataset, row_table)
@@ -280,7 +251,6 @@ class DynamicTrainer(Trainer):
             generator=torch.Generator().manual_seed(self.args.seed),  # otherwise iterating draws from the global one
         )
         self._dataflex.batches = None
-        self._dataflex.settings = self._settings_for_resume(loader.dataset)
         self._component_state()  # a state that cannot be saved is better known before the first step
         if self._dataflex.resume is not None:
             self._restore(self._dataflex.resume)
@@ -339,10 +309,6 @@ class DynamicTrainer(Trainer):
         return loader
 
     def get_batch_samples(self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device) -> tuple[list[Any], Any]:
-        if self._dataflex.pending is not None:  # only now has the Trainer reset what it forgets on resume
-            hosts.restore_logging_state(self, self._dataflex.pending["loss"], self._dataflex.pending["last_logged"])
-            hosts.restore_host_state(self, self._dataflex.pending["host"])
-            self._dataflex.pending = None
         if not self._dataflex.rows_written:  # not before the backend has cleared what an earlier run left
             self._write_rows()
         batches, num_items = super().get_batch_samples(self._next_batches(num_batches), num_batches, device)
@@ -376,30 +342,14 @@ class DynamicTrainer(Trainer):
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         self._refuse_unsupported()  # what was assigned to the trainer since it was made
-        self._dataflex.resume = self._resolve_checkpoint(resume_from_checkpoint)
-        if self._dataflex.resume is not None:
-            load_state(self._dataflex.resume)  # fail before anything is set up
+        if resume_from_checkpoint:
             self.args.ignore_data_skip = False  # skipping is free here, and without it the host counts epochs anew
-        elif hasattr(self.component, "load_state_dict"):
-            self.component.load_state_dict(copy.deepcopy(self._dataflex.first_state))  # a second call starts like the first
-        return super().train(str(self._dataflex.resume) if self._dataflex.resume else None, *args, **kwargs)
-
-    def _resolve_checkpoint(self, requested: str | bool | None) -> Path | None:
-        if not requested:
-            return None
-        if requested is not True:
-            return Path(requested)
-        found, skipped = newest_complete_checkpoint(str(self.args.output_dir))
-        for reason in skipped:
-            logger.warning("not resuming from a newer checkpoint: %s", reason)
-        if found is None:
-            raise ResumeError(f"resume_from_checkpoint: true, but {self.args.output_dir} holds no checkpoint that can be resumed")
-        return found
+        return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def _settings_for_resume(self, dataset: Any) -> dict[str, Any]:
         own = self.dataflex.model_dump(include={"train_type", "component_name", "warmup_step", "train_step", *self.own_settings})
-        course = {name: str(getattr(self.args, name, None)) for name in _COURSE}
         return {
+            **super()._settings_for_resume(dataset),
             **own,
             "component": f"{type(self.component).__module__}.{type(self.component).__qualname__}",
             "component_params": self._dataflex.component_settings,
@@ -407,8 +357,10 @@ class DynamicTrainer(Trainer):
             "dataset content": dataset_fingerprint(dataset),
             "evaluation data": self._evaluation_fingerprint(),
             "rows per micro-batch over all ranks": self.micro_batch_size,
-            **course,
         }
+
+    def _may_change(self, changed: dict[str, Any]) -> bool:
+        return self.dataflex.allow_changed_resume
 
     def _evaluation_fingerprint(self) -> list[str] | None:
         if not getattr(self.component, "needs_eval_dataset", False):
@@ -416,36 +368,17 @@ class DynamicTrainer(Trainer):
         data = self.component.eval_dataset
         return [dataset_fingerprint(part) for part in (data.values() if isinstance(data, dict) else [data])]
 
-    def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        # Before super(), which writes trainer_state.json last: a checkpoint that has that file then has our state too.
-        if not self.args.save_only_model:
-            state, tensors = self._state()
-            if self.args.should_save:
-                folder = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
-                (folder / "trainer_state.json").unlink(missing_ok=True)  # an earlier run's would make a half-written checkpoint look whole
-                save_state(folder, state, tensors)
-        super()._save_checkpoint(model, trial)
-
     def _state(self) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
-        """Everything beyond the host's own checkpoint. All ranks must call: pending metrics are gathered."""
-        logged = hosts.logging_state(self)
-        losses = gather_rows(torch.tensor([logged["loss"]], dtype=torch.float64))[:, 0].tolist()
+        state, _ = super()._state()
         values, tensors = self._component_state()
         position, plan = _split(self._dataflex.stream.state_dict())
         own, own_tensors = _split(self._own_state())
-        state = {
-            "global_step": self.state.global_step,
+        state["pending"]["metrics"] = self.metrics.merged()
+        state |= {
             "stream": position,
             "trainer": own,
             "component": values,
             "on device": [name for name, tensor in tensors.items() if tensor.device.type != "cpu"],
-            "pending": {
-                "loss": losses,
-                "last_logged": logged["last_logged"],
-                "metrics": self.metrics.merged(),
-                "host": hosts.host_state(self),
-            },
-            "settings": self._dataflex.settings,
         }
         named = [(owner, part) for owner, part in (("component", tensors), ("stream", plan), ("trainer", own_tensors))]
         return state, {f"{owner}/{name}": tensor for owner, part in named for name, tensor in part.items()}
@@ -478,15 +411,13 @@ class DynamicTrainer(Trainer):
 
     def _restore(self, checkpoint: Path) -> None:
         state, tensors = load_state(checkpoint)
-        self._refuse_changed(checkpoint, state["settings"])
         of = {
             owner: {name.removeprefix(f"{owner}/"): t for name, t in tensors.items() if name.startswith(f"{owner}/")}
             for owner in ("component", "stream", "trainer")
         }
         self._dataflex.stream.load_state_dict({**state["stream"], **of["stream"]})
         self._load_own_state({**state["trainer"], **of["trainer"]})
-        self._dataflex.pending = state["pending"]
-        self.metrics.restore(self._dataflex.pending["metrics"], self.args.device, keep=self.accelerator.is_main_process)
+        self.metrics.restore(state["pending"]["metrics"], self.args.device, keep=self.accelerator.is_main_process)
         self._rewind(state["global_step"])
         if hasattr(self.component, "load_state_dict"):
             moved = {name: value.to(self.args.device) if name in state["on device"] else value for name, value in of["component"].items()}
@@ -499,15 +430,6 @@ class DynamicTrainer(Trainer):
     def _start_over(self) -> None:
         """Forget what an earlier `train` left in memory."""
         self._dataflex.metrics = self._make_metrics()
-
-    def _refuse_changed(self, checkpoint: Path, before: dict[str, Any]) -> None:
-        changed = [f"{name} was {before.get(name)!r}, now {value!r}" for name, value in self._dataflex.settings.items() if before.get(name) != value]
-        if not changed:
-            return
-        message = f"{checkpoint} belongs to another run: " + "; ".join(changed)
-        if not self.dataflex.allow_changed_resume:
-            raise ResumeError(message + ". Set allow_changed_resume: true to resume all the same")
-        logger.warning("%s; resuming all the same (allow_changed_resume)", message)
 
 
 def _split(saved: dict[str, Any]) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:

@@ -15,7 +15,6 @@ from transformers import Trainer
 from dataflex.errors import ConfigError, Problem, TrainingError
 from dataflex.train.data.sample_meta import BatchMeta
 from dataflex.train.trainer.token_losses import TokenLosses
-from dataflex.utils.distributed import unconnected
 
 _SFT = "trl.trainer.sft_trainer.SFTTrainer"
 
@@ -31,6 +30,7 @@ _KNOWN = {
 _OURS = {
     f"dataflex.train.trainer.{module}.{name}"
     for module, name in (
+        ("checkpointing", "CheckpointedTrainer"),
         ("dynamic_trainer", "DynamicTrainer"),
         ("planned_trainer", "PlannedTrainer"),
         ("loss_trainer", "LossTrainer"),
@@ -201,9 +201,6 @@ def unsupported_order(trainer: Any) -> list[str]:
         reasons.append(
             "several GPUs in one process (nn.DataParallel): start with torchrun or FORCE_TORCHRUN=1, or show one GPU with CUDA_VISIBLE_DEVICES"
         )
-    apart = unconnected(trainer.accelerator.num_processes)
-    if apart:
-        reasons.append(apart)
     if args.accelerator_config.split_batches:
         reasons.append("accelerator_config.split_batches: DataFlex shares the rows out itself; set it to false")
     parallelism = getattr(trainer.accelerator, "parallelism_config", None)

@@ -258,14 +258,17 @@ class MixTrainer(PlannedTrainer, LossTrainer):
 
     # ---------------------------------------------------------------- what is left of it
 
-    def train(self, *args: Any, **kwargs: Any) -> Any:
-        result = super().train(*args, **kwargs)
+    def _after_training(self) -> None:
+        super()._after_training()
         if self.accelerator.is_main_process:
             self._save_artifacts()
             finish = getattr(self.component, "save_average_weights", None)  # of a mixer written for OpenDCAI/DataFlex
             if finish is not None:
                 finish(str(self.args.output_dir))
-        return result
+
+    def _cannot_change(self, changed: dict[str, Any]) -> list[str]:
+        fixed = ("init_mixture_proportions", "mixture_sample_rule", "mixture_unit")  # the checkpoint holds what has become of them
+        return [*super()._cannot_change(changed), *(name for name in fixed if name in changed)]
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         if self.args.should_save:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -20,16 +19,16 @@ class Given(NamedTuple):
     dataset: Any
 
 
-def number_rows(init: Callable[..., None], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Given:
+def number_rows(host: type[Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Given:
     """Number the training data's rows in a hidden column if the host makes rows of its own of them, as TRL's trainers do.
 
     Args:
-        init: the host's `__init__`, bound.
+        host: the host's class.
     """
-    names = [name for name, p in inspect.signature(init).parameters.items() if p.kind is p.POSITIONAL_OR_KEYWORD]
+    names = [name for name, p in inspect.signature(host.__init__).parameters.items() if p.kind is p.POSITIONAL_OR_KEYWORD][1:]
     place = names.index("train_dataset") if "train_dataset" in names else len(args)
     dataset = args[place] if place < len(args) else kwargs.get("train_dataset")
-    prepares = hasattr(type(init.__self__), "_prepare_dataset")  # type: ignore[attr-defined]
+    prepares = hasattr(host, "_prepare_dataset")
     skips = any((getattr(value, "dataset_kwargs", None) or {}).get("skip_prepare_dataset") for value in (*args, kwargs.get("args")))
     if not prepares or skips or not hasattr(dataset, "add_column") or ROW_COLUMN in dataset.column_names:
         return Given(args, kwargs, dataset)

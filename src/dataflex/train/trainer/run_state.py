@@ -22,8 +22,13 @@ class RunState:
         metrics, events, selections: what is logged and recorded.
         schedule: when there are decisions.
         first_state, first_mixture: what a second `train` starts from.
-        resume: the checkpoint to go on from.
-        pending: what the host forgets on resume, given back at the first step.
+        resume, resumed: the checkpoint to go on from, and its state.
+        pending: what the host forgets on resume, given back when training begins.
+        changed: settings that are others than in the checkpoint (old and new value), on purpose.
+        callbacks: what stateful callbacks were made with.
+        last_step: the step that was logged, saved or evaluated last, and whether that was at the end of its epoch.
+        caught_up: whether an epoch was ended that the checkpoint was saved before.
+        leave_when_finished: whether to raise `RunFinished` instead of training a run that has left all its files.
         stream, loader, batches: the order of rows, the loader over it, and the iterator under way.
         settings: what a resumed run must have alike.
         seconds, started: time spent on decisions, and when training began.
@@ -52,7 +57,13 @@ class RunState:
     first_state: dict[str, Any] = field(default_factory=dict)
     first_mixture: dict[str, Any] = field(default_factory=dict)
     resume: Path | None = None
+    resumed: dict[str, Any] = field(default_factory=dict)
     pending: dict[str, Any] | None = None
+    changed: dict[str, tuple[Any, Any]] = field(default_factory=dict)
+    callbacks: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
+    last_step: dict[str, Any] | None = None
+    caught_up: bool = False
+    leave_when_finished: bool = False
     stream: Any = None
     loader: Any = None
     batches: Iterator[Any] | None = None
