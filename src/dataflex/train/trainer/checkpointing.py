@@ -41,7 +41,12 @@ class CheckpointedTrainer(Trainer):
     @classmethod
     @cache
     def over(cls, base: type[Trainer]) -> Any:
-        """This mixin in front of `base`, a `transformers.Trainer` subclass."""
+        """This mixin in front of `base`, a `transformers.Trainer` subclass.
+
+        Raises:
+            ConfigError: `base` uses a name of DataFlex's for something else.
+        """
+        hosts.refuse_collisions(cls, base)
         return type(cls.__name__.removesuffix("Trainer") + base.__name__, (cls, base), {"__module__": __name__})
 
     def __init__(self, *args: Any, **kwargs: Any):

@@ -10,7 +10,6 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Iterator, Sequence
-from functools import cache
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -18,7 +17,6 @@ import numpy as np
 import torch
 from accelerate.data_loader import get_sampler
 from torch.utils.data import DataLoader
-from transformers import Trainer
 
 from dataflex.configs.components import component_params
 from dataflex.configs.schema import COMPONENT_KIND, DataflexConfig, TrainType
@@ -55,17 +53,6 @@ class DynamicTrainer(CheckpointedTrainer):
     _builds_loss: ClassVar[bool] = False
     """Whether the loss is its own instead of the host's."""
 
-    @classmethod
-    @cache
-    def over(cls, base: type[Trainer]) -> Any:
-        """This mixin in front of `base`, a `transformers.Trainer` subclass.
-
-        Raises:
-            ConfigError: `base` uses a name of DataFlex's for something else.
-        """
-        hosts.refuse_collisions(cls, base)
-        return type(cls.__name__.removesuffix("Trainer") + base.__name__, (cls, base), {"__module__": __name__})
-
     def __init__(
         self,
         *args: Any,
@@ -86,11 +73,11 @@ class DynamicTrainer(CheckpointedTrainer):
         Raises:
             ConfigError: a setting of the host under which the results would be wrong, or of `dataflex`.
         """
+        hosts.refuse_collisions(type(self), hosts.host_of(type(self)))
         settings = dataflex if isinstance(dataflex, dict) else dataflex.model_dump(exclude_unset=True)
         name = settings.get("component_name") or (type(component).__name__ if component is not None else None)
         self._dataflex = RunState()
         self._dataflex.config = DataflexConfig(**{**settings, "train_type": self.train_type, "component_name": name})
-        hosts.refuse_collisions(type(self), hosts.host_of(type(self)))
         self._refuse(self._unsupported_methods())  # before the host loads models of its own
         given = number_rows(hosts.host_of(type(self)), args, kwargs)
         super().__init__(*given.args, **given.kwargs)
