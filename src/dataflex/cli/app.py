@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import sys
 import traceback
@@ -12,7 +13,9 @@ import typer
 
 from dataflex import __version__
 from dataflex.cli.offline import app as offline_app
+from dataflex.configs.secrets import forget, redacted
 from dataflex.errors import ConfigError, DataflexError
+from dataflex.utils.printable import one_line, shortened
 
 app = typer.Typer(
     add_completion=False,
@@ -27,6 +30,8 @@ Config = Annotated[str, typer.Argument(help="YAML file with the settings.")]
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="[key=value]...", help="Settings that replace those of the file.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show a traceback with an error.")]
 
+
+_MOST_PROBLEMS = 100  # that are printed one by one
 
 # An option that does not exist is an override written wrongly, and is reported as one.
 _LENIENT = {"ignore_unknown_options": True}
@@ -128,6 +133,7 @@ def _validate(config: str, overrides: list[str]) -> None:
 
 def guarded(action: Callable[[], Any], debug: bool) -> None:
     """Run a command; errors that DataFlex raises on purpose are printed without a traceback, and the exit code is 2."""
+    forget()
     try:
         action()
     except DataflexError as error:
@@ -142,10 +148,14 @@ def _print_error(error: DataflexError) -> None:
     problems = error.problems if isinstance(error, ConfigError) else [error]
     if len(problems) > 1:
         typer.echo(f"dataflex-cli: {len(problems)} problems", err=True)
-    for problem in problems:
-        typer.echo(f"{'  ' if len(problems) > 1 else 'dataflex-cli: '}{problem}", err=True)
+    for problem in problems[:_MOST_PROBLEMS]:
+        typer.echo(f"{'  ' if len(problems) > 1 else 'dataflex-cli: '}{shortened(one_line(redacted(str(problem))), 2000)}", err=True)
+    if len(problems) > _MOST_PROBLEMS:
+        typer.echo(f"  and {len(problems) - _MOST_PROBLEMS:,} more", err=True)
 
 
 def main() -> None:
     """Entry point of `dataflex-cli`."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # a terminal that lacks a letter is no reason to stop
     app()

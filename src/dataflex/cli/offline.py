@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from dataflex.errors import ConfigError, Problem
+from dataflex.utils.printable import one_line
 
 app = typer.Typer(
     no_args_is_help=True, help="Compute a selection before training, for the data and model of a training file; selectors read it as `file`."
@@ -133,10 +134,10 @@ def _regmix(folders: list[Path], metric: str, output: Path, prior: str | None, s
         "spearman_held_out": found.spearman,
     }
     write_json_atomically(output, {"proportions": shares, **told})
-    typer.echo(f"{found.num_runs} runs; rank correlation of predicted and measured {metric} on held-out runs: {found.spearman:.2f}")
+    typer.echo(f"{found.num_runs} runs; rank correlation of predicted and measured {one_line(metric)} on held-out runs: {found.spearman:.2f}")
     typer.echo(f"mixture_unit: {runs.unit}")
-    typer.echo(f"init_mixture_proportions: [{', '.join(f'{share:.6f}' for share in shares.values())}]  # {', '.join(shares)}")
-    typer.echo(f"wrote {output}")
+    typer.echo(f"init_mixture_proportions: [{', '.join(f'{share:.6f}' for share in shares.values())}]  # {one_line(', '.join(shares))}")
+    typer.echo(one_line(f"wrote {output}"))
 
 
 def _guarded(method: str, config: str, overrides: list[str] | None, output: Path, settings: dict[str, Any], debug: bool) -> None:
