@@ -18,6 +18,7 @@ from typing import Any
 
 from dataflex.backends import Sizes, for_scoring
 from dataflex.configs.loading import RunFile
+from dataflex.configs.secrets import protected
 from dataflex.core.state import newest_complete_checkpoint
 from dataflex.errors import TrainingError, listing, nearest
 
@@ -157,7 +158,7 @@ def train(run: RunFile, prepared: Prepared) -> None:
 
     from dataflex.backends.outputs import record_run
 
-    keys = dict(prepared.keys)
+    keys = protected(prepared.keys)  # transformers pickles the arguments
     keys.setdefault("do_train", True)
     if run.dataflex.train_step:
         keys["max_steps"] = run.dataflex.train_step

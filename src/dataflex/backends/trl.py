@@ -14,6 +14,7 @@ from dataflex.backends.options import TrlOptions
 from dataflex.backends.templates import resolve_template
 from dataflex.backends.trl_checks import Checked, check, model_path, resume_value, summary
 from dataflex.configs.loading import RunFile
+from dataflex.configs.secrets import protected
 from dataflex.core.state import newest_complete_checkpoint
 from dataflex.errors import ConfigError, Problem, ResumeError
 from dataflex.utils.logging import logger
@@ -41,6 +42,7 @@ def training_arguments(keys: dict[str, Any], options: TrlOptions | None, run: Ru
     values |= _checkpointing(keys, enabled=options is not None and not options.disable_gradient_checkpointing, names=ours)
     if options is None:
         return SFTConfig(**values)
+    values |= protected({key: value for key, value in values.items() if isinstance(value, str)})  # transformers pickles the arguments
     if options.warmup_ratio is not None:
         values["warmup_steps"] = options.warmup_ratio  # transformers 5 reads a value below 1 as a ratio
     if options.early_stopping_steps:

@@ -68,7 +68,7 @@ def _check_unchanged(config: str, settings: list[str], folder: Path) -> None:
     """
     run, _ = check_run(config, [*settings, "overwrite_output_dir=true"])
     now = yaml.safe_load(yaml.safe_dump(recorded_settings(run)))
-    before = load_yaml(folder / "dataflex" / "run.yaml").values
+    before = load_yaml(folder / "dataflex" / "run.yaml").written
     keys = sorted((now.keys() | before.keys()) - {METADATA_KEY, "overwrite_output_dir", "resume_from_checkpoint"})
     problems = []
     for key in keys:

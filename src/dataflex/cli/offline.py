@@ -177,8 +177,8 @@ def _checked(method: str, config: str, overrides: list[str], settings: dict[str,
 
     if (settings.get("embeddings_file") is None) != (settings.get("query_embeddings_file") is None):
         raise ConfigError(Problem("command line", "--embeddings-file", "goes with --query-embeddings-file: both must come from one model"))
-    other = ["train_type=static", "overwrite_output_dir=true", "resume_from_checkpoint=null"]  # a run in output_dir is neither touched nor asked for
-    run, checked = check_run(config, [*overrides, *other])
+    other = ["overwrite_output_dir=true", "resume_from_checkpoint=null"]  # a run in output_dir is neither touched nor asked for
+    run, checked = check_run(config, [*overrides, *other], scoring=True)
     queries = method == "ifd" or settings.get("query_embeddings_file") or run.backend.get("eval_dataset") or run.backend.get("val_size")
     if not queries:
         raise ConfigError(Problem(config, "eval_dataset", f"is required: {method} compares rows with evaluation data. Or set val_size"))

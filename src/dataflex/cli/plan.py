@@ -17,13 +17,16 @@ from dataflex.errors import ComponentError, ConfigError, Problem
 from dataflex.train.trainer.by_type import AVAILABLE
 
 
-def check_run(path: str | Path, overrides: Sequence[str] = ()) -> tuple[RunFile, Any]:
+def check_run(path: str | Path, overrides: Sequence[str] = (), *, scoring: bool = False) -> tuple[RunFile, Any]:
     """A training file, checked as a whole, and what its backend needs to run it.
+
+    Args:
+        scoring: rows are only to be scored, so that the file's `train_type` and component do not matter.
 
     Raises:
         ConfigError: with every problem that was found.
     """
-    run = load_run(path, overrides)
+    run = load_run(path, overrides, scoring=scoring)
     _check_component(run)
     try:
         checked = load_backend(run.dataflex.backend).check(run)
@@ -31,6 +34,7 @@ def check_run(path: str | Path, overrides: Sequence[str] = ()) -> tuple[RunFile,
         run.add_all(error.problems)
     run.raise_problems()
     assert checked is not None
+    checked.notes += [f"{key}: {getattr(run.dataflex, key)} is not used: static_mix keeps the mixture" for key in run.dataflex.unused]
     return run, checked
 
 
@@ -159,8 +163,7 @@ def _mix_lines(run: RunFile, sizes: Sizes) -> list[tuple[str, str]]:
     else:
         lines.append(("mixture", {"stratified": "by size of the domains", "uniform": "equal"}[config.mixture_sample_rule]))
     if config.static_mix:
-        unused = f"component_name: {config.component_name} is not used: static_mix keeps the mixture"
-        return [*lines, ("boundaries", "none: the mixture stays"), *([("note", unused)] if config.component_name else [])]
+        return [*lines, ("boundaries", "none: the mixture stays")]
     if schedule is None:
         lines.append(("boundaries", "until training ends; counted once the rows are tokenised"))
     else:

@@ -69,7 +69,8 @@ def placeholder(key: str) -> str:
 
 def protected(values: Mapping[str, Any]) -> dict[str, Any]:
     """`values` with credentials as `Credential`, for keys that a library keeps or prints."""
-    return {key: Credential(value, placeholder(key)) if isinstance(value, str) and is_credential(key, value) else value for key, value in values.items()}
+    hidden = {key for key, value in values.items() if isinstance(value, str) and is_credential(key, value)}
+    return {key: Credential(value, placeholder(key)) if key in hidden else value for key, value in values.items()}
 
 
 def remember(written: Mapping[str, Any], values: Mapping[str, Any]) -> None:

@@ -12,7 +12,7 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import KeyValidationError, OmegaConfBaseException, UnsupportedValueType
 
-from dataflex.configs.secrets import remember
+from dataflex.configs.secrets import recorded_argument, remember
 from dataflex.errors import ConfigError, Problem, nearest
 
 COMMAND_LINE = "command line"  # the place of a problem with an override
@@ -208,8 +208,9 @@ def _value_error(error: Exception) -> str:
 def _overrides(items: Sequence[str]) -> DictConfig:
     problems = []
     for item in items:
+        shown = recorded_argument(item)
         if "=" not in item or item.startswith(("=", "-")):
-            problems.append(Problem(COMMAND_LINE, item, "is not an override; write key=value (no spaces, no leading dashes)"))
+            problems.append(Problem(COMMAND_LINE, shown, "is not an override; write key=value (no spaces, no leading dashes)"))
             continue
         try:
             trouble = _too_large(item.partition("=")[2])
@@ -219,7 +220,7 @@ def _overrides(items: Sequence[str]) -> DictConfig:
         except Exception as error:
             trouble = f"is not a valid value: {_value_error(error)}"
         if trouble:
-            problems.append(Problem(COMMAND_LINE, item, trouble))
+            problems.append(Problem(COMMAND_LINE, shown, trouble))
     if problems:
         raise ConfigError(problems)
     return OmegaConf.from_dotlist(list(items))
