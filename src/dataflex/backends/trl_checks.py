@@ -21,9 +21,12 @@ from dataflex.backends.datasets.spec import DOMAIN_ROLE, DatasetSpec
 from dataflex.backends.options import NOT_HONOURED, WITHOUT_EFFECT, TrlOptions
 from dataflex.backends.templates import resolve_template
 from dataflex.configs.loading import RunFile, checked
+from dataflex.configs.schema import MOST_STEPS
 from dataflex.configs.values import wording
 from dataflex.core.state import load_state, newest_complete_checkpoint
 from dataflex.errors import ConfigError, ResumeError, listing, nearest
+from dataflex.utils.limited import limited
+from dataflex.utils.printable import shortened
 
 # SFTConfig fields that this backend sets itself from other keys.
 _DERIVED = {
@@ -42,6 +45,10 @@ _DERIVED = {
     "truncation_mode": "cutoff_len",
     "shuffle_dataset": "seed",
 }
+
+_MOST_HINTS = 20  # unknown keys that are told the nearest valid name; looking for it takes milliseconds each
+_LARGEST = 2**63 - 1
+_SECONDS_TO_RENDER = 4.0
 
 _ABSENT = "(absent)"  # stands in for a required key, so that the other keys can still be checked
 
@@ -62,6 +69,7 @@ _MINIMUM = {
     "seed": 0,
     "dataloader_num_workers": 0,
 }
+_MAXIMUM = {"num_train_epochs": 10**9, "max_steps": MOST_STEPS}
 
 
 @dataclasses.dataclass
@@ -123,7 +131,8 @@ def _check_trainer_keys(keys: dict[str, Any], run: RunFile) -> dict[str, Any]:
         elif key in NOT_HONOURED:
             run.add(key, f"cannot be honoured: {NOT_HONOURED[key]}")
         elif key not in fields:
-            run.add(key, f"is not a known key.{nearest(key, known)} `dataflex-cli reference` lists all keys")
+            hint = nearest(key, known) if len(run.problems) < _MOST_HINTS else ""
+            run.add(key, f"is not a known key.{hint} `dataflex-cli reference` lists all keys")
         elif message := _value_problem(key, value, fields[key].type):
             run.add(key, message)
         else:
@@ -145,10 +154,16 @@ def _value_problem(key: str, value: Any, annotation: Any) -> str:
         number = TypeAdapter(annotation).validate_python(value)
     except ValidationError as error:
         return wording(error.errors(include_url=False)[0])
-    minimum = _MINIMUM.get(key)
-    if minimum is not None and isinstance(number, int | float) and not number >= minimum:
-        return f"{value} is not valid: must be at least {minimum}"
-    return ""
+    return _range_problem(key, number) if isinstance(number, int | float) else ""
+
+
+def _range_problem(key: str, number: float) -> str:
+    if not abs(number) <= _LARGEST:
+        return f"{shortened(str(number), 80)} is not valid: must be a number of at most 64 bits"
+    minimum, maximum = _MINIMUM.get(key, number), _MAXIMUM.get(key, number)
+    if number < minimum:
+        return f"{number} is not valid: must be at least {minimum}"
+    return f"{number} is not valid: must be at most {maximum}" if number > maximum else ""
 
 
 def _choices(annotation: Any) -> list[str]:
@@ -169,8 +184,9 @@ def _check_construction(keys: dict[str, Any], run: RunFile) -> None:
         from dataflex.backends.trl import training_arguments
 
         training_arguments(keys, None, run)
-    except (ValueError, TypeError, ImportError) as error:
-        run.add(next((key for key in keys if key in str(error)), ""), " ".join(str(error).removeprefix("--").split()))
+    except Exception as error:  # fields such as fsdp_config read files, and raise what reading them does
+        text = str(error) or type(error).__name__
+        run.add(next((key for key in keys if key in text), ""), " ".join(text.removeprefix("--").split()))
 
 
 def _check_model(options: TrlOptions, run: RunFile) -> None:
@@ -179,7 +195,7 @@ def _check_model(options: TrlOptions, run: RunFile) -> None:
 
     name = model_path(options.model_name_or_path, run)
     local = Path(name).is_dir()
-    parent = Path(name).expanduser().parent
+    parent = Path(os.path.expanduser(name)).parent
     near = nearest(Path(name).name, [path.name for path in parent.iterdir() if path.is_dir()]) if parent.is_dir() and not local else ""
     if not local and (name.startswith(("/", ".", "~")) or name.count("/") > 1):
         return run.add("model_name_or_path", f"no folder '{name}'.{near}" if near else f"no folder '{name}'")
@@ -208,17 +224,32 @@ def _check_model(options: TrlOptions, run: RunFile) -> None:
 
 
 def _check_template(options: TrlOptions, tokenizer: Any, run: RunFile) -> None:
+    try:
+        template = resolve_template(options.template, tokenizer.chat_template, run.folder)
+    except ValueError as error:
+        return run.add("template", str(error))
+    trouble = limited(lambda: _template_trouble(template, tokenizer), _SECONDS_TO_RENDER)
+    if trouble is None:
+        run.add("template", f"does not come to an end within {_SECONDS_TO_RENDER:g} seconds for one short message, or takes too much memory")
+    elif trouble:
+        run.add("template", trouble)
+    return None
+
+
+def _template_trouble(template: str, tokenizer: Any) -> str:
+    """What is wrong with a template, found by rendering one message; an empty string if nothing is."""
     from jinja2 import TemplateError, TemplateSyntaxError
 
     try:
-        template = resolve_template(options.template, tokenizer.chat_template, run.folder)
         tokenizer.apply_chat_template([{"role": "user", "content": ""}], chat_template=template, tokenize=False)
     except TemplateSyntaxError as error:
-        run.add("template", f"is not a valid Jinja template (line {error.lineno}): {error.message}")
+        return f"is not a valid Jinja template (line {error.lineno}): {error.message}"
     except TemplateError:  # a template may refuse this conversation and take others; the rows will tell
-        pass
-    except ValueError as error:
-        run.add("template", str(error))
+        return ""
+    except Exception as error:  # whatever its expressions raise
+        loads = "; a template cannot load others (include, import, extends)" if "no loader" in str(error) else ""
+        return f"cannot be rendered: {type(error).__name__}: {_first_line(error)}{loads}"
+    return ""
 
 
 def _check_adapter(options: TrlOptions, run: RunFile) -> None:
@@ -279,23 +310,24 @@ def _check_output_dir(options: TrlOptions, keys: dict[str, Any], run: RunFile) -
         return
     if not keys["output_dir"]:
         return run.add("output_dir", "must name a folder")
-    folder = Path(keys["output_dir"]).expanduser()
+    folder = Path(os.path.expanduser(keys["output_dir"]))
     existing = next(parent for parent in [folder, *folder.absolute().parents] if parent.exists())
     if not existing.is_dir() or not os.access(existing, os.W_OK):
         return run.add(
             "output_dir", f"'{folder}' cannot be written: '{existing}' is {'write-protected' if existing.is_dir() else 'a file, not a folder'}"
         )
     resume = resume_value(keys.get("resume_from_checkpoint"))
-    holds_run = folder.is_dir() and (any(folder.glob("checkpoint-*")) or (folder / "dataflex").exists() or (folder / "trainer_state.json").exists())
-    if holds_run and not resume and not options.overwrite_output_dir:
-        run.add(
-            "output_dir",
-            f"'{folder}' already holds a run. Resume it with resume_from_checkpoint: true, start anew with overwrite_output_dir: true, "
-            "or use another folder",
-        )
+    if holds_run(folder) and not resume and not options.overwrite_output_dir:
+        found, _ = newest_complete_checkpoint(folder, with_state=run.dataflex.train_type != "static")
+        ways = "Resume it with resume_from_checkpoint: true, start" if found else "It has no checkpoint that can be resumed: start"
+        run.add("output_dir", f"'{folder}' already holds a run. {ways} anew with overwrite_output_dir: true, or use another folder")
     if resume and options.overwrite_output_dir:
         return run.add("overwrite_output_dir", "would delete the checkpoint to resume from; use one of them")
     return _check_checkpoint(resume, folder, run)
+
+
+def holds_run(folder: Path) -> bool:
+    return folder.is_dir() and (any(folder.glob("checkpoint-*")) or (folder / "dataflex").exists() or (folder / "trainer_state.json").exists())
 
 
 def resume_value(value: str | bool | None) -> str | bool | None:
@@ -310,9 +342,9 @@ def _check_checkpoint(resume: str | bool | None, folder: Path, run: RunFile) -> 
         found, skipped = newest_complete_checkpoint(folder, with_state=dynamic)
         if found is None:
             why = "".join(f"; {reason}" for reason in skipped)
-            run.add(
-                "resume_from_checkpoint", f"is true, but '{folder}' holds no checkpoint that can be resumed{why}. Leave the key out to start anew"
-            )
+            more = " and set overwrite_output_dir: true, since the folder holds a run," if holds_run(folder) else ""
+            none = f"is true, but '{folder}' holds no checkpoint that can be resumed{why}. Leave the key out{more} to start anew"
+            run.add("resume_from_checkpoint", none)
     elif resume and not (Path(resume) / "trainer_state.json").is_file():
         run.add("resume_from_checkpoint", f"'{resume}' is not a complete checkpoint (no trainer_state.json)")
     elif resume and dynamic:
@@ -343,7 +375,7 @@ def _with_domains(spec: DatasetSpec, column: str, run: RunFile) -> DatasetSpec:
 
 def _resolve(path: str, run: RunFile) -> Path:
     """A path as given, or relative to the YAML file when that exists."""
-    given = Path(path).expanduser()
+    given = Path(os.path.expanduser(path))
     return given if given.exists() or not (run.folder / given).exists() else run.folder / given
 
 

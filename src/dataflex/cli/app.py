@@ -15,7 +15,7 @@ from dataflex import __version__
 from dataflex.cli.offline import app as offline_app
 from dataflex.configs.secrets import forget, redacted
 from dataflex.errors import ConfigError, DataflexError
-from dataflex.utils.printable import one_line, shortened
+from dataflex.utils.printable import one_line, printable, shortened
 
 app = typer.Typer(
     add_completion=False,
@@ -138,7 +138,7 @@ def guarded(action: Callable[[], Any], debug: bool) -> None:
         action()
     except DataflexError as error:
         if debug:
-            traceback.print_exc()
+            typer.echo(printable(redacted(traceback.format_exc())), err=True, nl=False)
         if os.environ.get("RANK", "0") == "0":
             _print_error(error)
         sys.exit(2)

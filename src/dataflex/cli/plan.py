@@ -9,10 +9,11 @@ from typing import Any
 from dataflex.backends import Sizes, backend_name, load_backend
 from dataflex.configs.components import component_entry
 from dataflex.configs.loading import RunFile, load_run
+from dataflex.configs.paths import PATHS, path_problems
 from dataflex.configs.schema import COMPONENT_KIND
 from dataflex.core.plugins import load_builtin_components, load_plugins
 from dataflex.core.registry import REGISTRY, check_parameters, uses_eval_dataset
-from dataflex.core.schedule import WITHOUT_END, Interval, Schedule, stage_length, total_steps
+from dataflex.core.schedule import WITHOUT_END, Schedule, stage_length, total_steps
 from dataflex.errors import ComponentError, ConfigError, Problem
 from dataflex.train.trainer.by_type import AVAILABLE
 
@@ -27,15 +28,24 @@ def check_run(path: str | Path, overrides: Sequence[str] = (), *, scoring: bool 
         ConfigError: with every problem that was found.
     """
     run = load_run(path, overrides, scoring=scoring)
-    _check_component(run)
+    run.add_all(path_problems({**run.dataflex.model_dump(exclude_unset=True), **run.backend}))
+    if any(problem.key.split(".")[0] in PATHS for problem in run.problems):
+        run.raise_problems()  # whatever looks for these files would stumble
     try:
+        _check_component(run)
         checked = load_backend(run.dataflex.backend).check(run)
     except ConfigError as error:
         run.add_all(error.problems)
+    except _UNFORESEEN as error:
+        run.add("", f"cannot be checked: {type(error).__name__}: {error}")
     run.raise_problems()
     assert checked is not None
     checked.notes += [f"{key}: {getattr(run.dataflex, key)} is not used: static_mix keeps the mixture" for key in run.dataflex.unused]
     return run, checked
+
+
+# What strange values make libraries raise. A file that does is refused in words; `--debug` shows where.
+_UNFORESEEN = (OSError, ValueError, ArithmeticError, RecursionError, TypeError, AttributeError, LookupError)
 
 
 def _check_component(run: RunFile) -> None:
@@ -56,13 +66,14 @@ def _check_component(run: RunFile) -> None:
         return run.add_all(error.problems)
     except ComponentError as error:
         return run.add("component_name", str(error))
-    for problem in check_parameters(cls, {**entry.params, **config.component_params}):
+    problems = check_parameters(cls, {**entry.params, **config.component_params})
+    for problem in problems:
         if problem.key in entry.params and problem.key not in config.component_params:
             run.problems.append(entry.problem(problem.key, problem.message))
         else:
             run.add(f"component_params.{problem.key}", problem.message)
     params = {**entry.params, **config.component_params}
-    if uses_eval_dataset(cls, params) and not (run.backend.get("eval_dataset") or run.backend.get("val_size")):
+    if not problems and uses_eval_dataset(cls, params) and not (run.backend.get("eval_dataset") or run.backend.get("val_size")):
         run.add("component_name", f"{config.component_name} compares samples with evaluation data: set eval_dataset or val_size")
     # The trainer finds the same files from wherever it is started.
     if config.plugins:
@@ -101,8 +112,13 @@ def _references(run: RunFile) -> dict[str, str]:
 def plan(run: RunFile, prepared: Any) -> list[tuple[str, str]]:
     """What the run will do, as (name, value) lines."""
     config = run.dataflex
-    lines, sizes = load_backend(config.backend).summary(run, prepared)
-    lines += _LINES[config.train_type](run, sizes)
+    try:
+        lines, sizes = load_backend(config.backend).summary(run, prepared)
+        lines += _LINES[config.train_type](run, sizes)
+    except ConfigError:
+        raise
+    except _UNFORESEEN as error:
+        raise ConfigError(Problem(str(run.path), "", f"cannot be planned: {type(error).__name__}: {error}")) from error
     return [*lines, *(("note", note) for note in prepared.notes)]
 
 
@@ -130,18 +146,19 @@ def _select_lines(run: RunFile, sizes: Sizes) -> list[tuple[str, str]]:
     (cls, params), schedule = _component(run), _schedule(run, sizes)
     if schedule is None:
         return [_component_line(run), ("boundaries", "until training ends; counted once the rows are tokenised")]
-    intervals = list(schedule.intervals())
-    decisions = [interval for interval in intervals if not interval.is_warmup]
     lines = [
         _steps_line(schedule.total_steps, sizes),
         _component_line(run),
-        ("boundaries", _boundaries(intervals, "selection")),
-        ("samples drawn", _drawn(schedule, intervals, sizes)),
-        ("extra cost", _passes(cls.passes(params), len(decisions), sizes, bool(params.get("diversity"))) if hasattr(cls, "passes") else "not known"),
+        ("boundaries", _boundaries(schedule, "selection")),
+        ("samples drawn", _drawn(schedule, sizes)),
+        (
+            "extra cost",
+            _passes(cls.passes(params), schedule.decisions, sizes, bool(params.get("diversity"))) if hasattr(cls, "passes") else "not known",
+        ),
     ]
-    if not decisions:
+    if not schedule.decisions:
         lines.append(("warning", f"the {schedule.total_steps} steps are over before the first selection at step {schedule.warmup_step}"))
-    largest = max((interval.steps for interval in intervals), default=0) * sizes.batch
+    largest = schedule.longest * sizes.batch
     if sizes.rows and largest > sizes.rows:
         lines.append(("warning", f"an interval takes {largest} samples and there are {sizes.rows} rows: rows are repeated"))
     return lines
@@ -167,9 +184,8 @@ def _mix_lines(run: RunFile, sizes: Sizes) -> list[tuple[str, str]]:
     if schedule is None:
         lines.append(("boundaries", "until training ends; counted once the rows are tokenised"))
     else:
-        intervals = list(schedule.intervals())
-        lines.append(("boundaries", _boundaries(intervals, "decision")))
-        if all(interval.is_warmup for interval in intervals):
+        lines.append(("boundaries", _boundaries(schedule, "decision")))
+        if not schedule.decisions:
             lines.append(("warning", f"the {schedule.total_steps} steps are over before the first decision at step {schedule.warmup_step}"))
     if config.mixture_sample_rule != "mixture":
         lines.append(("warning", f"mixture_sample_rule: {config.mixture_sample_rule} fixes the mixture, so what the mixer decides is not used"))
@@ -193,17 +209,19 @@ def _schedule(run: RunFile, sizes: Sizes) -> Schedule | None:
     return Schedule(config.warmup_step, config.update_step, config.update_times, total_steps(sizes.epochs, stage, sizes.fixed))
 
 
-def _boundaries(intervals: list[Interval], what: str) -> str:
-    steps = [str(interval.start) for interval in intervals if not interval.is_warmup]
-    shown = steps if len(steps) <= 8 else [*steps[:4], "...", *steps[-2:]]
-    stages = intervals[-1].stage + 1 if intervals else 0
-    plural = "s" if len(steps) != 1 else ""
-    text = f"{len(steps)} {what}{plural}, at step{plural} {', '.join(shown)}" if steps else "none"
-    return f"{text}; {stages} stages" if stages > 1 else text
+def _boundaries(schedule: Schedule, what: str) -> str:
+    number = schedule.decisions
+    listed = range(number) if number <= 8 else [*range(4), number - 2, number - 1]
+    shown = [str(schedule.decision_step(k)) for k in listed]
+    if number > 8:
+        shown.insert(4, "...")
+    plural = "s" if number != 1 else ""
+    text = f"{number} {what}{plural}, at step{plural} {', '.join(shown)}" if number else "none"
+    return f"{text}; {schedule.stages} stages" if schedule.stages > 1 else text
 
 
-def _drawn(schedule: Schedule, intervals: list[Interval], sizes: Sizes) -> str:
-    warm = sum(interval.steps for interval in intervals if interval.is_warmup) * sizes.batch
+def _drawn(schedule: Schedule, sizes: Sizes) -> str:
+    warm = schedule.warmup_total * sizes.batch
     total = schedule.total_steps * sizes.batch
     text = f"{total}: {warm} at random in warm-up, {total - warm} selected"
     return f"{text}; at most {min(1.0, total / sizes.rows):.0%} of the rows are seen" if sizes.rows else text

@@ -44,7 +44,7 @@ def _numbers(value: Any) -> Any:
 class DataflexConfig(BaseModel):
     """How the data is optimised while the model trains."""
 
-    model_config = ConfigDict(extra="forbid", validate_assignment=True)
+    model_config = ConfigDict(extra="forbid", validate_assignment=True, allow_inf_nan=False)
 
     train_type: TrainType = Field("static", description="`static` trains as the backend does; the others optimise the data during training.")
     component_name: str | None = Field(None, description="Algorithm, an entry of the components file; required unless `train_type: static`.")

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from pydantic_core import ErrorDetails
 
 from dataflex.errors import nearest
+from dataflex.utils.printable import shortened
 
 
 def wording(detail: ErrorDetails) -> str:
@@ -13,4 +16,11 @@ def wording(detail: ErrorDetails) -> str:
     hint = ""
     if detail["type"] == "literal_error":
         hint = nearest(str(detail["input"]), [choice.strip(" '") for choice in detail["ctx"]["expected"].replace(" or ", ", ").split(",")])
-    return f"{detail['input']!r} is not valid: {message}{f'.{hint}' if hint else ''}"
+    return f"{shortened(_shown(detail['input']))} is not valid: {message}{f'.{hint}' if hint else ''}"
+
+
+def _shown(value: Any) -> str:
+    try:
+        return repr(value)
+    except ValueError:  # Python writes no number of more than 4300 digits
+        return "a number of thousands of digits"

@@ -1,0 +1,48 @@
+"""Running what comes from a user's file and may never end."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+from pathlib import Path
+
+_MORE_MEMORY = 1 << 30  # bytes that the action may take
+
+
+def limited(action: Callable[[], str], seconds: float) -> str | None:
+    """What `action` returns, or None if it does not end in time or dies.
+
+    It runs in a copy of this process, which can be ended whatever it does; where a process cannot be copied it runs here.
+    """
+    if "fork" not in multiprocessing.get_all_start_methods():
+        return action()
+    context = multiprocessing.get_context("fork")
+    answer, ours = context.Pipe(duplex=False)
+    child = context.Process(target=_run, args=(action, ours), daemon=True)
+    child.start()
+    ours.close()
+    try:
+        return str(answer.recv()) if answer.poll(seconds) else None
+    except EOFError:
+        return None
+    finally:
+        child.kill()
+        child.join()
+        answer.close()
+
+
+def _run(action: Callable[[], str], connection: Connection) -> None:
+    _limit_memory()
+    connection.send(action())
+
+
+def _limit_memory() -> None:
+    try:
+        import resource
+
+        used = int(Path("/proc/self/statm").read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE")
+        resource.setrlimit(resource.RLIMIT_AS, (used + _MORE_MEMORY, used + _MORE_MEMORY))
+    except (ImportError, OSError, ValueError):  # not every system has such limits
+        pass
