@@ -44,9 +44,14 @@ def train(config: Config, overrides: Overrides = None, debug: Debug = False) -> 
 
 
 @app.command(context_settings=_LENIENT)
-def validate(config: Config, overrides: Overrides = None, debug: Debug = False) -> None:
-    """Check a YAML file and print what it would do, without loading the model or writing anything."""
-    guarded(lambda: _validate(config, overrides or []), debug)
+def validate(
+    config: Config,
+    overrides: Overrides = None,
+    no_plugins: Annotated[bool, typer.Option("--no-plugins", help="Do not run the code under `plugins`, nor that of installed plugins.")] = False,
+    debug: Debug = False,
+) -> None:
+    """Check a YAML file and print what it would do, without loading the model or writing anything. Plugins are run, to know their components."""
+    guarded(lambda: _validate(config, overrides or [], plugins=not no_plugins), debug)
 
 
 @app.command()
@@ -124,11 +129,11 @@ def _train(config: str, overrides: list[str]) -> None:
     leave()
 
 
-def _validate(config: str, overrides: list[str]) -> None:
+def _validate(config: str, overrides: list[str], plugins: bool) -> None:
     from dataflex.cli.plan import check_run, plan
     from dataflex.cli.tables import print_plan
 
-    print_plan(plan(*check_run(config, overrides)))
+    print_plan(plan(*check_run(config, overrides, plugins=plugins)))
 
 
 def guarded(action: Callable[[], Any], debug: bool) -> None:

@@ -18,21 +18,22 @@ from dataflex.errors import ComponentError, ConfigError, Problem
 from dataflex.train.trainer.by_type import AVAILABLE
 
 
-def check_run(path: str | Path, overrides: Sequence[str] = (), *, scoring: bool = False) -> tuple[RunFile, Any]:
+def check_run(path: str | Path, overrides: Sequence[str] = (), *, scoring: bool = False, plugins: bool = True) -> tuple[RunFile, Any]:
     """A training file, checked as a whole, and what its backend needs to run it.
 
     Args:
         scoring: rows are only to be scored, so that the file's `train_type` and component do not matter.
+        plugins: whether to run the code under `plugins` and that of installed plugins; a component that they define is not looked at otherwise.
 
     Raises:
         ConfigError: with every problem that was found.
     """
     run = load_run(path, overrides, scoring=scoring)
-    run.add_all(path_problems({**run.dataflex.model_dump(exclude_unset=True), **run.backend}))
+    run.add_all(path_problems({**run.dataflex.model_dump(exclude_unset=True), **run.backend}, run.folder))
     if any(problem.key.split(".")[0] in PATHS for problem in run.problems):
         run.raise_problems()  # whatever looks for these files would stumble
     try:
-        _check_component(run)
+        _check_component(run, plugins)
         checked = load_backend(run.dataflex.backend).check(run)
     except ConfigError as error:
         run.add_all(error.problems)
@@ -48,7 +49,7 @@ def check_run(path: str | Path, overrides: Sequence[str] = (), *, scoring: bool 
 _UNFORESEEN = (OSError, ValueError, ArithmeticError, RecursionError, TypeError, AttributeError, LookupError)
 
 
-def _check_component(run: RunFile) -> None:
+def _check_component(run: RunFile, plugins: bool = True) -> None:
     config = run.dataflex
     if config.train_type != "static":
         _check_domains(run)
@@ -59,7 +60,12 @@ def _check_component(run: RunFile) -> None:
         return
     kind = COMPONENT_KIND[config.train_type]
     try:
-        load_plugins(config.plugins, base=run.folder, where=run.where("plugins"))
+        if plugins:
+            load_plugins(config.plugins, base=run.folder, where=run.where("plugins"))
+        else:
+            load_builtin_components()
+            if config.component_name not in REGISTRY.names(kind):
+                return None
         entry = component_entry(kind, config.component_name, config.components_cfg_file, run.folder, _references(run))
         cls: Any = REGISTRY.get(kind, config.component_name)
     except ConfigError as error:
@@ -114,7 +120,7 @@ def plan(run: RunFile, prepared: Any) -> list[tuple[str, str]]:
     config = run.dataflex
     try:
         lines, sizes = load_backend(config.backend).summary(run, prepared)
-        lines += _LINES[config.train_type](run, sizes)
+        lines += (_unknown_lines if _unknown(run) else _LINES[config.train_type])(run, sizes)
     except ConfigError:
         raise
     except _UNFORESEEN as error:
@@ -262,6 +268,19 @@ def _component(run: RunFile) -> tuple[Any, dict[str, Any]]:
     assert name is not None
     entry = component_entry(kind, name, config.components_cfg_file, run.folder, _references(run))
     return REGISTRY.get(kind, name), {**entry.params, **({} if config.keeps_mixture else config.component_params)}
+
+
+def _unknown(run: RunFile) -> bool:
+    """Whether the component's code was left alone."""
+    config = run.dataflex
+    return (
+        config.train_type != "static" and not config.keeps_mixture and config.component_name not in REGISTRY.names(COMPONENT_KIND[config.train_type])
+    )
+
+
+def _unknown_lines(run: RunFile, sizes: Sizes) -> list[tuple[str, str]]:
+    config = run.dataflex
+    return [("train type", f"{config.train_type}, {config.component_name}: not looked at, since plugins were not run")]
 
 
 def _component_line(run: RunFile) -> tuple[str, str]:

@@ -88,10 +88,10 @@ def load_run(path: str | Path, overrides: Sequence[str] = (), *, scoring: bool =
     path = Path(path)
     content = load_yaml(path, overrides=overrides)
     values = {key: value for key, value in content.values.items() if key != METADATA_KEY}
-    own = {key: value for key, value in values.items() if key in DataflexConfig.model_fields}
+    own = {key: value for key, value in values.items() if key in DataflexConfig.model_fields and value is not None}  # null: as if left out
     if scoring:
         own.pop("train_type", None)
-    elif "train_type" not in content.written:
+    elif content.written.get("train_type") is None:
         own["train_type"] = "static"
     backend = {key: value for key, value in values.items() if key not in DataflexConfig.model_fields}
     run = RunFile(path, DataflexConfig(), backend, content, overridden={item.split("=")[0].split(".")[0] for item in overrides})

@@ -31,9 +31,9 @@ PATHS = (
 _LONGEST_NAME, _LONGEST_PATH = 255, 4096  # bytes, on the usual file systems
 
 
-def path_problems(settings: Mapping[str, Any]) -> list[Problem]:
-    """What is wrong with the names under `PATHS`."""
-    return [Problem("", key, trouble) for key in PATHS for name in _names(settings.get(key)) if (trouble := _trouble(name))]
+def path_problems(settings: Mapping[str, Any], folder: Path) -> list[Problem]:
+    """What is wrong with the names under `PATHS`, which may be relative to `folder`, that of the training file."""
+    return [Problem("", key, trouble) for key in PATHS for name in _names(settings.get(key)) if (trouble := _trouble(name, folder))]
 
 
 def _names(value: Any) -> Iterator[str]:
@@ -43,7 +43,7 @@ def _names(value: Any) -> Iterator[str]:
         yield from (name for name in value if isinstance(name, str))
 
 
-def _trouble(name: str) -> str:
+def _trouble(name: str, folder: Path) -> str:
     if "\0" in name:
         return "holds a zero byte, which no name of a file can"
     parts = [os.fsencode(part) if _encodable(part) else None for part in name.strip().split("/")]
@@ -52,7 +52,7 @@ def _trouble(name: str) -> str:
     longest = max(len(part or b"") for part in parts)
     if longest > _LONGEST_NAME or len(os.fsencode(name)) > _LONGEST_PATH:
         return f"'{name[:40]}...' is too long for a name of a file: {max(longest, len(name))} bytes; {_LONGEST_NAME} are allowed"
-    return "is a pipe or a device, not a file or folder" if _is_special(Path(name.strip())) else ""
+    return "is a pipe or a device, not a file or folder" if any(map(_is_special, (Path(name.strip()), folder / name.strip()))) else ""
 
 
 def _encodable(part: str) -> bool:

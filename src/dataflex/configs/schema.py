@@ -139,9 +139,8 @@ class DataflexConfig(BaseModel):
             if self.given(key) and self.train_type not in types:
                 wanted = " or ".join([", ".join(types[:-1]), types[-1]] if types[1:] else types)
                 found = "; static is what a file without train_type means" if self.train_type == "static" else ""
-                problems.append(
-                    f"{key}: has no effect with train_type: {self.train_type}, only with {wanted}{found}. Set train_type, or leave {key} out"
-                )
+                use = f"has no effect with train_type: {self.train_type}, only with {wanted}{found}"
+                problems.append(f"{key}: {use}. Set train_type, or leave {key} out (on the command line: {key}=null)")
         return problems
 
     def _mixture_problems(self) -> list[str]:

@@ -17,6 +17,7 @@ _HARMLESS = re.compile(r"tokeni[sz]|tokens|(^|_)(pad|eos|bos|unk|sep|cls|mask|im
 _SPECIAL_TOKEN = re.compile(r"<.*>|\[.*\]")  # `<eos>`, `[SEP]`: of a tokenizer
 _RANDOM = re.compile(r"(?=.*\d)(?=.*[A-Za-z])[\w\-./+=]{16,}")  # what a key looks like that is no name of a column
 _VARIABLE = re.compile(r"\$\{oc\.env:\s*(\w+)\s*(,[^}]*)?\}")
+_REFERENCE = re.compile(r"(?<!\\)\$\{")
 _REFERENCES = re.compile(r"(\$\{[^{}]*\})+")
 
 # Texts to be replaced, and what stands for them. Filled by `remember`, as files are read.
@@ -64,7 +65,7 @@ def is_credential(key: str, value: Any) -> bool:
 
 def placeholder(key: str) -> str:
     """What stands for a credential that was given as plain text."""
-    return f"${{oc.env:{re.sub(r'[^A-Z0-9]+', '_', key.split('.')[-1].upper())}}}"
+    return f"${{oc.env:{re.sub(r'[^A-Z0-9]+', '_', key.split('.')[-1].upper().strip('-'))}}}"
 
 
 def protected(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -82,7 +83,7 @@ def remember(written: Mapping[str, Any], values: Mapping[str, Any]) -> None:
     """
     for key, text, value in _leaves(written, values):
         plain = str(value)
-        reference = isinstance(text, str) and "${" in text
+        reference = _refers(text)
         if is_credential(key, value):
             _credentials[plain] = text if reference and _REFERENCES.fullmatch(text) and "," not in text else placeholder(key)
         elif reference and "oc.env" in text:
@@ -105,6 +106,10 @@ def _leaves(written: Any, values: Any, key: str = "") -> Iterator[tuple[str, Any
             yield from _leaves(written[number] if isinstance(written, list) and number < len(written) else written, value, key)
     else:
         yield key, written, values
+
+
+def _refers(written: Any) -> bool:
+    return isinstance(written, str) and _REFERENCE.search(written) is not None
 
 
 def redacted(text: str) -> str:
@@ -133,7 +138,7 @@ def recorded(key: str, written: Any, value: Any) -> Any:
     if isinstance(value, list | tuple):
         parts = written if isinstance(written, list) and len(written) == len(value) else value
         return [recorded(key, text, part) for text, part in zip(parts, value, strict=True)]
-    refers = isinstance(written, str) and "${" in written
+    refers = _refers(written)
     if is_credential(key, value):
         whole = refers and _REFERENCES.fullmatch(_VARIABLE.sub(r"${oc.env:\1}", written))
         return _VARIABLE.sub(r"${oc.env:\1}", written) if whole else placeholder(key)
