@@ -167,7 +167,8 @@ def make_files(folder: Path, seed: int) -> list[str]:
     pick = random.Random(seed)
     _write_valid(folder, pick)
     overrides: list[str] = []
-    for change in pick.choices(CHANGES, weights=WEIGHTS, k=pick.choice((1, 1, 2, 3))):
+    chosen = pick.choices(range(len(CHANGES)), weights=WEIGHTS, k=pick.choice((1, 1, 2, 3)))
+    for change in (CHANGES[number] for number in sorted(chosen)):
         change(folder, pick, overrides)
     return overrides
 
@@ -294,7 +295,7 @@ def _other_kind_of_file(folder: Path, pick: random.Random, overrides: list[str])
 
 def _many_keys(folder: Path, pick: random.Random, overrides: list[str]) -> None:
     number = pick.choice((300, 4000, 100_000))
-    with (folder / "config.yaml").open("a") if (folder / "config.yaml").is_file() else (folder / "config.yaml").open("w") as file:
+    with (folder / "config.yaml").open("a") as file:
         file.write("".join(f"key_{k}: {k}\n" for k in range(number)))
 
 
@@ -313,8 +314,8 @@ CHANGES: list[Callable[[Path, random.Random, list[str]], None]] = [
     _description,
     _rows,
     _template,
-    _other_kind_of_file,
     _many_keys,
     _endless_plan,
+    _other_kind_of_file,  # the last: the others write files
 ]
-WEIGHTS = [10, 10, 4, 1, 2, 2, 3, 4, 3, 2, 3, 0.3, 1]
+WEIGHTS = [10, 10, 4, 1, 2, 2, 3, 4, 3, 2, 0.3, 1, 3]

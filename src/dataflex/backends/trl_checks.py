@@ -48,7 +48,7 @@ _DERIVED = {
 
 _MOST_HINTS = 20  # unknown keys that are told the nearest valid name; looking for it takes milliseconds each
 _LARGEST = 2**63 - 1
-_SECONDS_TO_RENDER = 4.0
+_SECONDS_TO_RENDER = 3
 
 _ABSENT = "(absent)"  # stands in for a required key, so that the other keys can still be checked
 
@@ -230,7 +230,7 @@ def _check_template(options: TrlOptions, tokenizer: Any, run: RunFile) -> None:
         return run.add("template", str(error))
     trouble = limited(lambda: _template_trouble(template, tokenizer), _SECONDS_TO_RENDER)
     if trouble is None:
-        run.add("template", f"does not come to an end within {_SECONDS_TO_RENDER:g} seconds for one short message, or takes too much memory")
+        run.add("template", f"does not come to an end within {_SECONDS_TO_RENDER} seconds for one short message, or takes too much memory")
     elif trouble:
         run.add("template", trouble)
     return None
