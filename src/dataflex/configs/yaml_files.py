@@ -14,6 +14,7 @@ from omegaconf.errors import KeyValidationError, OmegaConfBaseException, Unsuppo
 
 from dataflex.configs.secrets import recorded_argument, remember
 from dataflex.errors import ConfigError, Problem, nearest
+from dataflex.utils.printable import shortened
 
 COMMAND_LINE = "command line"  # the place of a problem with an override
 
@@ -208,7 +209,7 @@ def _value_error(error: Exception) -> str:
 def _overrides(items: Sequence[str]) -> DictConfig:
     problems = []
     for item in items:
-        shown = recorded_argument(item)
+        shown = shortened(recorded_argument(item), 100)
         if "=" not in item or item.startswith(("=", "-")):
             problems.append(Problem(COMMAND_LINE, shown, "is not an override; write key=value (no spaces, no leading dashes)"))
             continue
