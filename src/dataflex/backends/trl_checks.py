@@ -21,12 +21,10 @@ from dataflex.backends.datasets.spec import DOMAIN_ROLE, DatasetSpec
 from dataflex.backends.options import NOT_HONOURED, WITHOUT_EFFECT, TrlOptions
 from dataflex.backends.templates import resolve_template
 from dataflex.configs.loading import RunFile, checked
-from dataflex.configs.schema import MOST_STEPS
-from dataflex.configs.values import wording
+from dataflex.configs.values import MAXIMUM, number_problem, wording
 from dataflex.core.state import load_state, newest_complete_checkpoint
 from dataflex.errors import ConfigError, ResumeError, listing, nearest
 from dataflex.utils.limited import limited
-from dataflex.utils.printable import shortened
 
 # SFTConfig fields that this backend sets itself from other keys.
 _DERIVED = {
@@ -47,7 +45,6 @@ _DERIVED = {
 }
 
 _MOST_HINTS = 20  # unknown keys that are told the nearest valid name; looking for it takes milliseconds each
-_LARGEST = 2**63 - 1
 _SECONDS_TO_RENDER = 3
 
 _ABSENT = "(absent)"  # stands in for a required key, so that the other keys can still be checked
@@ -69,7 +66,6 @@ _MINIMUM = {
     "seed": 0,
     "dataloader_num_workers": 0,
 }
-_MAXIMUM = {"num_train_epochs": 10**9, "max_steps": MOST_STEPS}
 
 
 @dataclasses.dataclass
@@ -154,16 +150,7 @@ def _value_problem(key: str, value: Any, annotation: Any) -> str:
         number = TypeAdapter(annotation).validate_python(value)
     except ValidationError as error:
         return wording(error.errors(include_url=False)[0])
-    return _range_problem(key, number) if isinstance(number, int | float) else ""
-
-
-def _range_problem(key: str, number: float) -> str:
-    if not abs(number) <= _LARGEST:
-        return f"{shortened(str(number), 80)} is not valid: must be a number of at most 64 bits"
-    minimum, maximum = _MINIMUM.get(key, number), _MAXIMUM.get(key, number)
-    if number < minimum:
-        return f"{number} is not valid: must be at least {minimum}"
-    return f"{number} is not valid: must be at most {maximum}" if number > maximum else ""
+    return number_problem(number, _MINIMUM.get(key), MAXIMUM.get(key)) if isinstance(number, int | float) else ""
 
 
 def _choices(annotation: Any) -> list[str]:

@@ -200,7 +200,7 @@ def _mix_lines(run: RunFile, sizes: Sizes) -> list[tuple[str, str]]:
 
 def _dataset_names(run: RunFile) -> list[str]:
     names = run.backend.get("dataset") or []
-    return [name.strip() for name in names.split(",")] if isinstance(names, str) else list(names)
+    return [str(name) for name in names] if isinstance(names, list | tuple) else [name.strip() for name in str(names).split(",")]
 
 
 def _schedule(run: RunFile, sizes: Sizes) -> Schedule | None:
