@@ -176,7 +176,7 @@ def test_a_selection_made_offline(write, tmp_path, model, seen):
     assert result.exit_code == 0, result.stderr
     assert sorted(path.name for path in tmp_path.iterdir()) == ["config.yaml", "rds.safetensors"]
     order = load_file(tmp_path / "rds.safetensors")["order"].tolist()
-    made = load_backend("auto").scoring_trainer(*check_run(write(**keys), ["train_type=static"]), tmp_path / "scoring")
+    made = load_backend("auto").scoring_trainer(*check_run(write(**keys), scoring=True), tmp_path / "scoring")
     body = transformers.AutoModel.from_pretrained(model).eval()
     similarity = embeddings(body, made.eval_dataset) @ embeddings(body, made.train_dataset).T
     assert similarity.shape == (16, 24) and order == np.argsort(-similarity.max(0), kind="stable").tolist()

@@ -749,8 +749,8 @@ MISTAKES = [
     wrong(
         "half a checkpoint",
         (
-            "config.yaml:15: resume_from_checkpoint: is true, but 'out' holds no checkpoint that can be resumed; out/checkpoint-3 is "
-            "incomplete (no trainer_state.json). Leave the key out to start anew"
+            "config.yaml:13: resume_from_checkpoint: is true, but 'out' holds no checkpoint that can be resumed; out/checkpoint-3 is "
+            "incomplete (no trainer_state.json). Leave the key out and set overwrite_output_dir: true, since the folder holds a run, to start anew"
         ),
         prepare=write("out/checkpoint-3/config.json", "{}"),
         resume_from_checkpoint=True,

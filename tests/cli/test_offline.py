@@ -80,7 +80,7 @@ def trained_on(out, step=0):
 
 def trainer_of(*overrides):
     """The trainer whose rows and model are asked."""
-    run, checked = check_run("config.yaml", ["train_type=static", "overwrite_output_dir=true", *overrides])
+    run, checked = check_run("config.yaml", ["overwrite_output_dir=true", *overrides], scoring=True)
     return load_backend("trl").scoring_trainer(run, checked, "elsewhere")
 
 

@@ -142,7 +142,7 @@ class TestRunFile:
     @pytest.mark.parametrize("train_type", ["static", "dynamic_weight"])
     def test_replaying_a_run(self, folder, train_type):
         write_config(folder, **QUIET, train_type=train_type, max_steps=3)
-        train("seed=7", "component_params.r=0.5")
+        train("seed=7", *(["component_params.r=0.5"] if train_type != "static" else []))
         train("output_dir=again", config="out/dataflex/run.yaml")
         assert history(folder / "again") == history(folder / "out")
         assert history(folder / "again", "grad_norm") == history(folder / "out", "grad_norm")
@@ -233,7 +233,7 @@ class TestData:
     def test_evaluation_loss_is_the_plain_loss(self, folder, evaluation):
         write_config(folder, **QUIET, **evaluation, learning_rate=0, max_steps=3, component_params={"r": 0.1})
         train()
-        train("train_type=static", "output_dir=static")
+        train("train_type=static", "component_name=null", "warmup_step=null", "component_params=null", "output_dir=static")
         found, plain = (read(folder / out / "all_results.json")["eval_loss"] for out in ("out", "static"))
         assert found == plain > 0
 

@@ -13,6 +13,7 @@ import yaml
 from typer.testing import CliRunner, Result
 
 from dataflex.cli.app import app
+from dataflex.configs.schema import EFFECTIVE_WITH
 from dataflex.testing.tiny import tiny_model, tiny_tokenizer
 
 # In this order, one key a line: `model_name_or_path` stands in line 1 and `train_step` in line 14; what a test adds begins in line 15.
@@ -60,8 +61,9 @@ def write_rows(path: Path, rows: list[Any]) -> None:
 
 
 def write_config(folder: Path, name: str = "config.yaml", **changes: Any) -> Path:
-    """A training file: `SETTINGS` with changes; a key set to `...` is left out."""
-    settings = {key: value for key, value in {**SETTINGS, **changes}.items() if value is not ...}
+    """A training file: `SETTINGS` with changes; a key set to `...` is left out, and those of a component with `train_type: static`."""
+    usual = {key: value for key, value in SETTINGS.items() if changes.get("train_type") != "static" or key not in EFFECTIVE_WITH}
+    settings = {key: value for key, value in {**usual, **changes}.items() if value is not ...}
     path = folder / name
     path.write_text(yaml.safe_dump(settings, sort_keys=False), encoding="utf-8")
     return path

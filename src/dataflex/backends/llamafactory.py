@@ -20,6 +20,8 @@ import pyarrow as pa
 
 from dataflex.backends import Sizes, for_scoring
 from dataflex.configs.loading import RunFile
+from dataflex.configs.secrets import protected
+from dataflex.configs.values import MAXIMUM, number_problem
 from dataflex.core.row_numbers import ROW_COLUMN, Source
 from dataflex.core.row_table import HELD_OUT, RowTable, joined
 from dataflex.core.state import checkpoint_folders, newest_complete_checkpoint
@@ -33,6 +35,7 @@ TRAINERS = {
     "sft": ("llamafactory.train.sft.workflow", "CustomSeq2SeqTrainer"),
     "pt": ("llamafactory.train.pt.workflow", "CustomTrainer"),
 }
+_MOST_HINTS = 20  # unknown keys that are told the nearest valid name; looking for it takes milliseconds each
 _REMOTE_KEYS = ("hf_hub_url", "ms_hub_url", "om_hub_url", "script_url", "cloud_file_name")
 
 
@@ -50,7 +53,10 @@ def check(run: RunFile) -> Prepared | None:
     fields = _fields()
     for key in keys:
         if key not in fields:
-            run.add(key, f"is not a key of LLaMA-Factory.{nearest(key, [*fields, *type(run.dataflex).model_fields])}")
+            hint = nearest(key, [*fields, *type(run.dataflex).model_fields]) if len(run.problems) < _MOST_HINTS else ""
+            run.add(key, f"is not a key of LLaMA-Factory.{hint}")
+        elif isinstance(keys[key], int | float) and (trouble := number_problem(keys[key], maximum=MAXIMUM.get(key))):
+            run.add(key, trouble)
     for key in ("model_name_or_path", "output_dir", "dataset"):
         if key not in keys:
             run.add(key, "is required")
@@ -89,12 +95,16 @@ def _check_data(keys: dict[str, Any], run: RunFile) -> None:
     if folder == "ONLINE" or folder.startswith("REMOTE:") or "tokenized_path" in keys:
         return
     info = Path(folder) / "dataset_info.json"
+    if not info.is_file():
+        return run.add("dataset_dir", f"'{info}' does not exist{', or is no file' if info.exists() else ''}")
     try:
         entries = json.loads(info.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return run.add("dataset_dir", f"'{info}' does not exist")
     except json.JSONDecodeError as error:
         return run.add("dataset_dir", f"'{info}' is not valid JSON: {error.msg} (line {error.lineno})")
+    except (OSError, ValueError, RecursionError) as error:
+        return run.add("dataset_dir", f"'{info}' cannot be read: {error}")
+    if not isinstance(entries, dict):
+        return run.add("dataset_dir", f"'{info}' must hold an object: data set names to their descriptions")
     for key in ("dataset", "eval_dataset"):
         for name in _names(keys.get(key)):
             _check_entry(name, key, entries, Path(folder), run)
@@ -119,6 +129,8 @@ def _check_entry(name: str, key: str, entries: dict[str, Any], folder: Path, run
     if name not in entries:
         return run.add(key, f"{folder / 'dataset_info.json'} has no data set '{name}'.{nearest(name, entries)}")
     entry = entries[name]
+    if not isinstance(entry, dict):
+        return run.add(key, f"{folder / 'dataset_info.json'}: '{name}' must be an object with file_name, formatting, columns, ...")
     path = folder / str(entry.get("file_name", name))
     if not any(remote in entry for remote in _REMOTE_KEYS) and not path.exists():
         run.add(key, f"'{name}': {path} does not exist")
@@ -128,7 +140,9 @@ def _check_entry(name: str, key: str, entries: dict[str, Any], folder: Path, run
 def _names(value: Any) -> list[str]:
     if value is None:
         return []
-    return [name.strip() for name in value.split(",")] if isinstance(value, str) else list(value)
+    if isinstance(value, list | tuple):
+        return list(map(str, value))
+    return [name.strip() for name in str(value).split(",")]
 
 
 def _check_values(keys: dict[str, Any], run: RunFile) -> None:
@@ -138,8 +152,8 @@ def _check_values(keys: dict[str, Any], run: RunFile) -> None:
     alone = {key: value for key, value in keys.items() if key != "ddp_backend"}  # reading it needs the other processes
     try:
         parser._parse_train_args(alone)
-    except (ValueError, TypeError, ImportError) as error:
-        text = str(error).strip().split("\n")[0]
+    except Exception as error:  # its classes read files and models' names, and raise what that does
+        text = str(error).strip().split("\n")[0] or type(error).__name__
         run.add(next((key for key in keys if key in text), ""), text)
 
 
@@ -148,7 +162,7 @@ def summary(run: RunFile, prepared: Prepared) -> tuple[list[tuple[str, str]], Si
     keys = prepared.keys
     fixed = run.dataflex.train_step or (keys["max_steps"] if keys.get("max_steps", -1) > 0 else 0)
     world = planned_processes()
-    batch = keys.get("per_device_train_batch_size", 8) * keys.get("gradient_accumulation_steps", 1) * world
+    batch = int(keys.get("per_device_train_batch_size", 8)) * int(keys.get("gradient_accumulation_steps", 1)) * world
     lines = [
         ("backend", "llamafactory"),
         ("model", f"{keys['model_name_or_path']}, {keys.get('finetuning_type', 'lora')}, stage {keys.get('stage', 'sft')}"),
@@ -166,7 +180,7 @@ def train(run: RunFile, prepared: Prepared) -> None:
     from dataflex.core.lock import run_lock
     from dataflex.train.trainer.finished import RunFinished, for_command, write_finished
 
-    keys = _on_a_device(prepared.keys)
+    keys = _on_a_device(protected(prepared.keys))  # transformers pickles the arguments
     keys.setdefault("do_train", True)
     if run.dataflex.train_step:
         keys["max_steps"] = run.dataflex.train_step

@@ -12,13 +12,15 @@ def _names(value: Any) -> Any:
     return [part.strip() for part in value.split(",") if part.strip()] if isinstance(value, str) else value
 
 
+_LARGEST = 10**12  # no number of rows, tokens or steps is larger
+
 Names = Annotated[list[str], BeforeValidator(_names)]
 
 
 class TrlOptions(BaseModel):
     """Model, fine-tuning method and data."""
 
-    model_config = ConfigDict(extra="forbid", protected_namespaces=())
+    model_config = ConfigDict(extra="forbid", protected_namespaces=(), allow_inf_nan=False)
 
     model_name_or_path: str = Field(description="Folder or hub id of the model.")
     adapter_name_or_path: str | None = Field(None, description="Folder or hub id of a LoRA adapter to go on training.")
@@ -35,14 +37,14 @@ class TrlOptions(BaseModel):
 
     stage: Literal["sft", "pt"] = Field("sft", description="`sft`: instructions, loss on the answers; `pt`: plain text.")
     finetuning_type: Literal["lora", "full", "freeze"] = Field("lora", description="What is trained.")
-    lora_rank: int = Field(8, ge=1, description="Rank of the LoRA matrices.")
-    lora_alpha: int | None = Field(None, ge=1, description="LoRA scale; twice the rank by default.")
+    lora_rank: int = Field(8, ge=1, le=_LARGEST, description="Rank of the LoRA matrices.")
+    lora_alpha: int | None = Field(None, ge=1, le=_LARGEST, description="LoRA scale; twice the rank by default.")
     lora_dropout: float = Field(0.0, ge=0, lt=1, description="Dropout in front of LoRA.")
     lora_target: Names = Field(default_factory=lambda: ["all"], description="Modules that get LoRA, comma-separated; `all` linear ones.")
     additional_target: Names = Field(default_factory=list, description="Modules trained in full beside LoRA, e.g. `embed_tokens,lm_head`.")
     use_rslora: bool = Field(False, description="Rank-stabilised LoRA.")
     use_dora: bool = Field(False, description="Weight-decomposed LoRA.")
-    freeze_trainable_layers: int = Field(2, description="`freeze`: train the last n layers (negative: the first n).")
+    freeze_trainable_layers: int = Field(2, ge=-_LARGEST, le=_LARGEST, description="`freeze`: train the last n layers (negative: the first n).")
     freeze_extra_modules: Names = Field(default_factory=list, description="`freeze`: further modules to train, e.g. `norm`.")
 
     dataset: Names = Field(description="Data sets, comma-separated: names in `dataset_info.json`, or files.")
@@ -52,21 +54,21 @@ class TrlOptions(BaseModel):
     dataset_dir: str = Field("data", description="Folder with `dataset_info.json`.")
     eval_dataset: Names = Field(default_factory=list, description="Data sets to evaluate on.")
     eval_on_each_dataset: bool = Field(False, description="Evaluate on each separately: `eval_<name>_loss`.")
-    val_size: float = Field(0.0, ge=0, description="Share (below 1) or number of rows taken from `dataset` for evaluation.")
-    max_samples: int | None = Field(None, ge=1, description="Rows to use of each data set, the first ones.")
+    val_size: float = Field(0.0, ge=0, le=_LARGEST, description="Share (below 1) or number of rows taken from `dataset` for evaluation.")
+    max_samples: int | None = Field(None, ge=1, le=_LARGEST, description="Rows to use of each data set, the first ones.")
     template: str | None = Field(None, description="Chat template: left out, the tokenizer's own; else a name (see docs) or a .jinja file.")
-    cutoff_len: int = Field(2048, ge=2, description="Longest row in tokens; longer ones lose their end.")
+    cutoff_len: int = Field(2048, ge=2, le=_LARGEST, description="Longest row in tokens; longer ones lose their end.")
     train_on_prompt: bool = Field(False, description="Loss on the prompt too.")
     mask_history: bool = Field(False, description="Loss on the last answer of a conversation only.")
     default_system: str | None = Field(None, description="System message for rows without one.")
     packing: bool | None = Field(None, description="Several samples in a row. Default: off for sft, on for pt.")
     neat_packing: bool = Field(False, description="As `packing`; samples never attend to each other in either.")
-    preprocessing_num_workers: int | None = Field(None, ge=1, description="Processes that tokenise; left out, one for each core.")
+    preprocessing_num_workers: int | None = Field(None, ge=1, le=_LARGEST, description="Processes that tokenise; left out, one for each core.")
     overwrite_cache: bool = Field(False, description="Tokenise again although the cache (`$DATAFLEX_CACHE`, else ~/.cache/dataflex) has the rows.")
 
     disable_gradient_checkpointing: bool = Field(False, description="Keep all activations: faster, needs more memory.")
     warmup_ratio: float | None = Field(None, ge=0, le=1, description="Learning-rate warm-up as a share of training; not `warmup_step`.")
-    early_stopping_steps: int | None = Field(None, ge=1, description="Stop after so many evaluations without improvement.")
+    early_stopping_steps: int | None = Field(None, ge=1, le=_LARGEST, description="Stop after so many evaluations without improvement.")
     plot_loss: bool = Field(False, description="Write training_loss.png.")
     overwrite_output_dir: bool = Field(False, description="Start anew in an `output_dir` that holds a run; its checkpoints are deleted.")
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import platform
+import re
 import shlex
 import shutil
 import sys
@@ -16,9 +17,11 @@ import yaml
 
 from dataflex import __version__
 from dataflex.configs.loading import METADATA_KEY, RunFile
+from dataflex.configs.secrets import recorded, recorded_argument
 from dataflex.core.row_numbers import RowNumbers
 from dataflex.core.row_table import RowTable
 from dataflex.utils.files import write_text_atomically
+from dataflex.utils.printable import shell_word
 
 LIBRARIES = ("torch", "transformers", "accelerate", "trl", "peft", "datasets")
 
@@ -34,32 +37,76 @@ def library_versions() -> dict[str, str]:
     return versions
 
 
+# What DataFlex writes into `output_dir/dataflex`. Whatever else lies there is not ours to delete.
+OWN_NAMES = (
+    r"run\.yaml|events\.jsonl|rows\.parquet|finished\.json|doremi_weights\.json|doremi_proportions\.yaml",
+    r"selections/(step_\d+\.npy|summary\.json|report\.html|report\.png)",
+)
+_OWN_FILE = re.compile(rf"({'|'.join(OWN_NAMES)})(\.tmp)?")
+_NOT_OF_A_REPLAY = ("overwrite_output_dir", "resume_from_checkpoint")  # the first would delete the very run that is replayed
+_RELATIVE_TO_THE_FILE = ("model_name_or_path", "dataset_dir", "template")
+
+
 def recorded_settings(run: RunFile) -> dict[str, Any]:
-    """What `dataflex/run.yaml` says of a run."""
-    return {**run.dataflex.model_dump(exclude_unset=True), **run.backend}
+    """What `dataflex/run.yaml` says of a run: settings that replay it from the folder in which it was started, without credentials."""
+    settings = {**run.dataflex.model_dump(exclude_unset=True), **run.backend}
+    found = {key: _found(value, run) if key in _RELATIVE_TO_THE_FILE else value for key, value in settings.items() if key not in _NOT_OF_A_REPLAY}
+    return {key: recorded(key, run.content.written.get(key), value) for key, value in found.items()}
+
+
+def _found(value: Any, run: RunFile) -> Any:
+    """A path that is relative to the training file, so that another file can name it too."""
+    here, there = (isinstance(value, str) and (base / value).exists() for base in (Path(), run.folder))
+    return str(run.folder / value) if there and not here else value
+
+
+def delete_earlier_run(folder: Path) -> None:
+    """Delete the checkpoints and records of an earlier run in `folder`, and nothing that DataFlex or the Trainer did not write.
+
+    A link is deleted itself, never what it leads to. The cache stays: its results are found by content, and a run that was killed in its
+    first scoring pass goes on with it.
+    """
+    for path in folder.glob("checkpoint-*"):
+        if path.name.removeprefix("checkpoint-").isdecimal() and (path.is_symlink() or path.is_dir()):
+            _delete(path)
+    own = folder / "dataflex"
+    if own.is_symlink():
+        return own.unlink()
+    selections = own / "selections"
+    inside = [] if selections.is_symlink() else list(selections.glob("*"))
+    for path in [*own.glob("*"), *inside]:
+        if _OWN_FILE.fullmatch(str(path.relative_to(own))) and not (path.is_dir() and not path.is_symlink()):
+            path.unlink()
+    if selections.is_symlink() or (selections.is_dir() and not any(selections.iterdir())):
+        _delete(selections)
+    return None
+
+
+def _delete(path: Path) -> None:
+    if path.is_symlink():
+        path.unlink()
+    else:
+        shutil.rmtree(path)
 
 
 def start_output_dir(run: RunFile, output_dir: str, *, seed: int, overwrite: bool) -> None:
-    """Write `dataflex/run.yaml`, which replays the run; with `overwrite` delete an earlier run's checkpoints and records first.
-
-    The cache stays: its results are found by content, and a run that was killed in its first scoring pass goes on with it.
-    """
+    """Write `dataflex/run.yaml`, which replays the run; with `overwrite` delete an earlier run's checkpoints and records first."""
     folder = Path(output_dir)
     if overwrite:
-        for path in [*folder.glob("checkpoint-*"), *(path for path in (folder / "dataflex").glob("*") if path.name not in ("cache", "lock"))]:
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
+        delete_earlier_run(folder)
     metadata = {
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
-        "command": shlex.join(sys.argv),
+        "command": shlex.join(map(recorded_argument, sys.argv)),
         "folder": str(Path.cwd()),
         "file": str(run.path),
         "seed": seed,
         "versions": library_versions(),
     }
+    path = folder / "dataflex" / "run.yaml"
+    command = f"cd {shell_word(str(Path.cwd()))} && dataflex-cli train {shell_word(str(path))} output_dir=..."
     text = yaml.safe_dump({**recorded_settings(run), METADATA_KEY: metadata}, sort_keys=False, allow_unicode=True)
-    write_text_atomically(
-        folder / "dataflex" / "run.yaml", f"# Run it again with: dataflex-cli train {folder}/dataflex/run.yaml output_dir=...\n{text}"
-    )
+    write_text_atomically(path, f"# Run it again with: {command}\n{text}")
+    path.chmod(0o600)
 
 
 def record_run(run: RunFile, *, seed: int, overwrite: bool) -> Any:

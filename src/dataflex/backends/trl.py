@@ -17,6 +17,7 @@ from dataflex.backends.options import TrlOptions
 from dataflex.backends.templates import resolve_template
 from dataflex.backends.trl_checks import Checked, check, model_path, resume_value, summary
 from dataflex.configs.loading import RunFile
+from dataflex.configs.secrets import protected
 from dataflex.core.row_numbers import ROW_COLUMN, RowNumbers
 from dataflex.errors import ConfigError, Problem
 from dataflex.utils.distributed import is_main_process
@@ -49,6 +50,7 @@ def training_arguments(keys: dict[str, Any], options: TrlOptions | None, run: Ru
     values |= _checkpointing(keys, enabled=options is not None and not options.disable_gradient_checkpointing, names=ours)
     if options is None:
         return SFTConfig(**values)
+    values |= protected({key: value for key, value in values.items() if isinstance(value, str)})  # transformers pickles the arguments
     if options.warmup_ratio is not None:
         values["warmup_steps"] = options.warmup_ratio  # transformers 5 reads a value below 1 as a ratio
     if options.early_stopping_steps:
@@ -83,6 +85,9 @@ def train(run: RunFile, prepared: Checked) -> None:
     from dataflex.train.trainer.finished import RunFinished, for_command, write_finished
 
     options = prepared.options
+    own = Path(prepared.trainer_keys["output_dir"]) / "dataflex"
+    if options.overwrite_output_dir and own.is_symlink():
+        own.unlink()  # before the lock, which would be taken where it leads to
     with run_lock(prepared.trainer_keys["output_dir"], active=is_main_process()):
         args = training_arguments(prepared.trainer_keys, options, run)
         trainer, data = _assembled(run, prepared, args)

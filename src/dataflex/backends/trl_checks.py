@@ -21,12 +21,13 @@ from dataflex.backends.datasets.spec import DOMAIN_ROLE, DatasetSpec
 from dataflex.backends.options import NOT_HONOURED, WITHOUT_EFFECT, TrlOptions
 from dataflex.backends.templates import resolve_template
 from dataflex.configs.loading import RunFile, checked
-from dataflex.configs.values import wording
+from dataflex.configs.values import MAXIMUM, number_problem, wording
 from dataflex.core.lock import any_record
-from dataflex.core.state import checkpoint_flaws, newest_complete_checkpoint
+from dataflex.core.state import checkpoint_flaws, checkpoint_folders, newest_complete_checkpoint
 from dataflex.errors import ConfigError, listing, nearest
 from dataflex.train.data.sample_meta import DOMAIN_COLUMN, column_values
 from dataflex.utils.launching import planned_processes
+from dataflex.utils.limited import limited
 
 # SFTConfig fields that this backend sets itself from other keys.
 _DERIVED = {
@@ -45,6 +46,9 @@ _DERIVED = {
     "truncation_mode": "cutoff_len",
     "shuffle_dataset": "seed",
 }
+
+_MOST_HINTS = 20  # unknown keys that are told the nearest valid name; looking for it takes milliseconds each
+_SECONDS_TO_RENDER = 3
 
 _ABSENT = "(absent)"  # stands in for a required key, so that the other keys can still be checked
 
@@ -126,7 +130,8 @@ def _check_trainer_keys(keys: dict[str, Any], run: RunFile) -> dict[str, Any]:
         elif key in NOT_HONOURED:
             run.add(key, f"cannot be honoured: {NOT_HONOURED[key]}")
         elif key not in fields:
-            run.add(key, f"is not a known key.{nearest(key, known)} `dataflex-cli reference` lists all keys")
+            hint = nearest(key, known) if len(run.problems) < _MOST_HINTS else ""
+            run.add(key, f"is not a known key.{hint} `dataflex-cli reference` lists all keys")
         elif message := _value_problem(key, value, fields[key].type):
             run.add(key, message)
         else:
@@ -148,10 +153,7 @@ def _value_problem(key: str, value: Any, annotation: Any) -> str:
         number = TypeAdapter(annotation).validate_python(value)
     except ValidationError as error:
         return wording(error.errors(include_url=False)[0])
-    minimum = _MINIMUM.get(key)
-    if minimum is not None and isinstance(number, int | float) and not number >= minimum:
-        return f"{value} is not valid: must be at least {minimum}"
-    return ""
+    return number_problem(number, _MINIMUM.get(key), MAXIMUM.get(key)) if isinstance(number, int | float) else ""
 
 
 def _choices(annotation: Any) -> list[str]:
@@ -172,8 +174,9 @@ def _check_construction(keys: dict[str, Any], run: RunFile) -> None:
         from dataflex.backends.trl import training_arguments
 
         training_arguments(keys, None, run)
-    except (ValueError, TypeError, ImportError) as error:
-        run.add(next((key for key in keys if key in str(error)), ""), " ".join(str(error).removeprefix("--").split()))
+    except Exception as error:  # fields such as fsdp_config read files, and raise what reading them does
+        text = str(error) or type(error).__name__
+        run.add(next((key for key in keys if key in text), ""), " ".join(text.removeprefix("--").split()))
 
 
 def _check_model(options: TrlOptions, run: RunFile) -> None:
@@ -182,7 +185,7 @@ def _check_model(options: TrlOptions, run: RunFile) -> None:
 
     name = model_path(options.model_name_or_path, run)
     local = Path(name).is_dir()
-    parent = Path(name).expanduser().parent
+    parent = Path(os.path.expanduser(name)).parent
     near = nearest(Path(name).name, [path.name for path in parent.iterdir() if path.is_dir()]) if parent.is_dir() and not local else ""
     if not local and (name.startswith(("/", ".", "~")) or name.count("/") > 1):
         return run.add("model_name_or_path", f"no folder '{name}'.{near}" if near else f"no folder '{name}'")
@@ -211,17 +214,32 @@ def _check_model(options: TrlOptions, run: RunFile) -> None:
 
 
 def _check_template(options: TrlOptions, tokenizer: Any, run: RunFile) -> None:
+    try:
+        template = resolve_template(options.template, tokenizer.chat_template, run.folder)
+    except ValueError as error:
+        return run.add("template", str(error))
+    trouble = limited(lambda: _template_trouble(template, tokenizer), _SECONDS_TO_RENDER)
+    if trouble is None:
+        run.add("template", f"does not come to an end within {_SECONDS_TO_RENDER} seconds for one short message, or takes too much memory")
+    elif trouble:
+        run.add("template", trouble)
+    return None
+
+
+def _template_trouble(template: str, tokenizer: Any) -> str:
+    """What is wrong with a template, found by rendering one message; an empty string if nothing is."""
     from jinja2 import TemplateError, TemplateSyntaxError
 
     try:
-        template = resolve_template(options.template, tokenizer.chat_template, run.folder)
         tokenizer.apply_chat_template([{"role": "user", "content": ""}], chat_template=template, tokenize=False)
     except TemplateSyntaxError as error:
-        run.add("template", f"is not a valid Jinja template (line {error.lineno}): {error.message}")
+        return f"is not a valid Jinja template (line {error.lineno}): {error.message}"
     except TemplateError:  # a template may refuse this conversation and take others; the rows will tell
-        pass
-    except ValueError as error:
-        run.add("template", str(error))
+        return ""
+    except Exception as error:  # whatever its expressions raise
+        loads = "; a template cannot load others (include, import, extends)" if "no loader" in str(error) else ""
+        return f"cannot be rendered: {type(error).__name__}: {_first_line(error)}{loads}"
+    return ""
 
 
 def _check_adapter(options: TrlOptions, run: RunFile) -> None:
@@ -282,23 +300,25 @@ def _check_output_dir(options: TrlOptions, keys: dict[str, Any], run: RunFile) -
         return
     if not keys["output_dir"]:
         return run.add("output_dir", "must name a folder")
-    folder = Path(keys["output_dir"]).expanduser()
+    folder = Path(os.path.expanduser(keys["output_dir"]))
     existing = next(parent for parent in [folder, *folder.absolute().parents] if parent.exists())
     if not existing.is_dir() or not os.access(existing, os.W_OK):
         return run.add(
             "output_dir", f"'{folder}' cannot be written: '{existing}' is {'write-protected' if existing.is_dir() else 'a file, not a folder'}"
         )
     resume = resume_value(keys.get("resume_from_checkpoint"))
-    holds_run = folder.is_dir() and (any(folder.glob("checkpoint-*")) or any_record(folder) or (folder / "trainer_state.json").exists())
-    if holds_run and not resume and not options.overwrite_output_dir:
-        run.add(
-            "output_dir",
-            f"'{folder}' already holds a run. Resume it with resume_from_checkpoint: true, start anew with overwrite_output_dir: true, "
-            "or use another folder",
-        )
+    if holds_run(folder) and not resume and not options.overwrite_output_dir:
+        found, _ = newest_complete_checkpoint(folder, with_state=run.dataflex.train_type != "static")
+        ways = "Resume it with resume_from_checkpoint: true, start" if found else "It has no checkpoint that can be resumed: start"
+        run.add("output_dir", f"'{folder}' already holds a run. {ways} anew with overwrite_output_dir: true, or use another folder")
     if resume and options.overwrite_output_dir:
         return run.add("overwrite_output_dir", "would delete the checkpoint to resume from; use one of them")
     return _check_checkpoint(resume, folder, run)
+
+
+def holds_run(folder: Path) -> bool:
+    """Whether a run has left something in the folder that a new one would write over."""
+    return folder.is_dir() and (bool(checkpoint_folders(folder)) or any_record(folder) or (folder / "trainer_state.json").exists())
 
 
 def resume_value(value: str | bool | None) -> str | bool | None:
@@ -313,9 +333,9 @@ def _check_checkpoint(resume: str | bool | None, folder: Path, run: RunFile) -> 
         found, skipped = newest_complete_checkpoint(folder, with_state=dynamic)
         if found is None:
             why = "".join(f"; {reason}" for reason in skipped)
-            run.add(
-                "resume_from_checkpoint", f"is true, but '{folder}' holds no checkpoint that can be resumed{why}. Leave the key out to start anew"
-            )
+            more = " and set overwrite_output_dir: true, since the folder holds a run," if holds_run(folder) else ""
+            none = f"is true, but '{folder}' holds no checkpoint that can be resumed{why}. Leave the key out{more} to start anew"
+            run.add("resume_from_checkpoint", none)
     elif resume and not (Path(resume) / "trainer_state.json").is_file():
         run.add("resume_from_checkpoint", f"'{resume}' is not a complete checkpoint (no trainer_state.json)")
     elif resume:
@@ -344,7 +364,7 @@ def _with_domains(spec: DatasetSpec, column: str, run: RunFile) -> DatasetSpec:
 
 def _resolve(path: str, run: RunFile) -> Path:
     """A path as given, or relative to the YAML file when that exists."""
-    given = Path(path).expanduser()
+    given = Path(os.path.expanduser(path))
     return given if given.exists() or not (run.folder / given).exists() else run.folder / given
 
 

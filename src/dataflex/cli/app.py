@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import sys
 import traceback
 from collections.abc import Callable
@@ -11,7 +12,9 @@ import typer
 
 from dataflex import __version__
 from dataflex.cli.offline import app as offline_app
+from dataflex.configs.secrets import forget, redacted
 from dataflex.errors import ConfigError, DataflexError
+from dataflex.utils.printable import one_line, printable, shortened
 
 app = typer.Typer(
     add_completion=False,
@@ -27,6 +30,8 @@ Overrides = Annotated[list[str] | None, typer.Argument(metavar="[key=value]...",
 Debug = Annotated[bool, typer.Option("--debug", help="Show a traceback with an error.")]
 
 
+_MOST_PROBLEMS = 100  # that are printed one by one
+
 # An option that does not exist is an override written wrongly, and is reported as one.
 _LENIENT = {"ignore_unknown_options": True}
 
@@ -38,9 +43,14 @@ def train(config: Config, overrides: Overrides = None, debug: Debug = False) -> 
 
 
 @app.command(context_settings=_LENIENT)
-def validate(config: Config, overrides: Overrides = None, debug: Debug = False) -> None:
-    """Check a YAML file and print what it would do, without loading the model or writing anything."""
-    guarded(lambda: _validate(config, overrides or []), debug)
+def validate(
+    config: Config,
+    overrides: Overrides = None,
+    no_plugins: Annotated[bool, typer.Option("--no-plugins", help="Do not run the code under `plugins`, nor that of installed plugins.")] = False,
+    debug: Debug = False,
+) -> None:
+    """Check a YAML file and print what it would do, without loading the model or writing anything. Plugins are run, to know their components."""
+    guarded(lambda: _validate(config, overrides or [], plugins=not no_plugins), debug)
 
 
 @app.command()
@@ -121,20 +131,21 @@ def _train(config: str, overrides: list[str]) -> None:
     leave()
 
 
-def _validate(config: str, overrides: list[str]) -> None:
+def _validate(config: str, overrides: list[str], plugins: bool) -> None:
     from dataflex.cli.plan import check_run, plan
     from dataflex.cli.tables import print_plan
 
-    print_plan(plan(*check_run(config, overrides)))
+    print_plan(plan(*check_run(config, overrides, plugins=plugins)))
 
 
 def guarded(action: Callable[[], Any], debug: bool) -> None:
     """Run a command; errors that DataFlex raises on purpose are printed without a traceback, and the exit code is 2."""
+    forget()
     try:
         action()
     except DataflexError as error:
         if debug:
-            traceback.print_exc()
+            typer.echo(printable(redacted(traceback.format_exc())), err=True, nl=False)
         _print_error(error)
         sys.exit(2)
 
@@ -145,10 +156,14 @@ def _print_error(error: DataflexError) -> None:
     rank, problems = rank_prefix(), error.problems if isinstance(error, ConfigError) else [error]
     if len(problems) > 1:
         typer.echo(f"dataflex-cli: {rank}{len(problems)} problems", err=True)
-    for problem in problems:
-        typer.echo(f"{'  ' if len(problems) > 1 else f'dataflex-cli: {rank}'}{problem}", err=True)
+    for problem in problems[:_MOST_PROBLEMS]:
+        typer.echo(f"{'  ' if len(problems) > 1 else f'dataflex-cli: {rank}'}{shortened(one_line(redacted(str(problem))), 2000)}", err=True)
+    if len(problems) > _MOST_PROBLEMS:
+        typer.echo(f"  and {len(problems) - _MOST_PROBLEMS:,} more", err=True)
 
 
 def main() -> None:
     """Entry point of `dataflex-cli`."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # a terminal that lacks a letter is no reason to stop
     app()

@@ -15,9 +15,11 @@ import yaml
 from dataflex.backends.outputs import recorded_settings
 from dataflex.cli.plan import check_run
 from dataflex.configs.loading import METADATA_KEY
+from dataflex.configs.secrets import recorded_argument
 from dataflex.configs.yaml_files import load_yaml
 from dataflex.core.state import newest_complete_checkpoint
 from dataflex.errors import ConfigError, Problem, TrainingError
+from dataflex.utils.printable import one_line, shell_word
 
 STEPS = ("reference", "proxy", "final")
 
@@ -41,16 +43,17 @@ def doremi(config: str, overrides: list[str]) -> None:
         settings = [*overrides, f"output_dir={folder / step}", *_settings(step, folder)]
         if _finished(folder, step):
             _check_unchanged(config, settings, folder / step)
-            typer.echo(f"{step}: finished before, in {folder / step}")
+            typer.echo(one_line(f"{step}: finished before, in {folder / step}"))
             continue
         settings += _unfinished(folder / step)
         check_run(config, settings)
-        typer.echo(f"{step}: dataflex-cli train {config} {' '.join(settings)}")
+        told = [shell_word(recorded_argument(argument)) for argument in (config, *settings)]
+        typer.echo(f"{step}: dataflex-cli train {' '.join(told)}")
         done = subprocess.run([sys.executable, "-m", "dataflex.cli", "train", config, *settings], check=False)
         if done.returncode:
             raise TrainingError(f"the {step} step failed; start the same command again to go on from there")
     weights = _weights(folder)
-    typer.echo("weights: " + ", ".join(f"{name} {weight:.4f}" for name, weight in weights.items()))
+    typer.echo(one_line("weights: " + ", ".join(f"{name} {weight:.4f}" for name, weight in weights.items())))
 
 
 def _finished(folder: Path, step: str) -> bool:
@@ -65,7 +68,7 @@ def _check_unchanged(config: str, settings: list[str], folder: Path) -> None:
     """
     run, _ = check_run(config, [*settings, "overwrite_output_dir=true"])
     now = yaml.safe_load(yaml.safe_dump(recorded_settings(run)))
-    before = load_yaml(folder / "dataflex" / "run.yaml").values
+    before = load_yaml(folder / "dataflex" / "run.yaml").written
     keys = sorted((now.keys() | before.keys()) - {METADATA_KEY, "overwrite_output_dir", "resume_from_checkpoint"})
     problems = []
     for key in keys:

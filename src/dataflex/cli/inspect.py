@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import itertools
 import json
-import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +23,7 @@ from rich.text import Text
 
 from dataflex.configs.values import wording
 from dataflex.errors import ConfigError, Problem
+from dataflex.utils.printable import one_line, printable
 
 if TYPE_CHECKING:
     import numpy as np
@@ -139,7 +139,7 @@ def inspect(output_dir: str | Path, rows: int = 5, html: str | Path | None = Non
         folder = Path(output_dir) / "dataflex" / "selections"
         html, png = folder / "report.html", folder / "report.png"
     for note in write_report(history, str(output_dir), rows, _path(html), _path(png)):
-        typer.echo(note)
+        typer.echo(one_line(note))
 
 
 def _console() -> Console:
@@ -344,21 +344,6 @@ def _row_grid(title: str, listed: list[Row]) -> Grid:
         return Grid(title, ["times", "row", "text"], [[f"{row.times:,}", row.label, row.text] for row in listed], left=(2,))
     cells = [[f"{row.times:,}", row.label, row.domain or "-", row.text] for row in listed]
     return Grid(title, ["times", "row", "domain", "text"], cells, left=(2, 3))
-
-
-_TURNS = {"LRE", "RLE", "LRO", "RLO", "PDF", "LRI", "RLI", "FSI", "PDI"}
-
-
-def printable(text: str) -> str:
-    """`text` with what could upset a terminal or a page written as escapes: control characters other than newline and tab, halves of
-    surrogate pairs, and marks that turn the direction of what follows. Right-to-left letters stay."""
-    return "".join(map(_printable, text.replace("\r\n", "\n")))
-
-
-def _printable(letter: str) -> str:
-    if letter in "\n\t" or (unicodedata.category(letter) not in ("Cc", "Cs") and unicodedata.bidirectional(letter) not in _TURNS):
-        return letter
-    return letter.encode("unicode_escape").decode()
 
 
 _NAME_WIDTH = 16  # names longer than this are shortened in the terminal

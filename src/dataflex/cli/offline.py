@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from dataflex.errors import ConfigError, Problem
+from dataflex.utils.printable import one_line
 
 app = typer.Typer(
     no_args_is_help=True, help="Compute a selection before training, for the data and model of a training file; selectors read it as `file`."
@@ -133,10 +134,10 @@ def _regmix(folders: list[Path], metric: str, output: Path, prior: str | None, s
         "spearman_held_out": found.spearman,
     }
     write_json_atomically(output, {"proportions": shares, **told})
-    typer.echo(f"{found.num_runs} runs; rank correlation of predicted and measured {metric} on held-out runs: {found.spearman:.2f}")
+    typer.echo(f"{found.num_runs} runs; rank correlation of predicted and measured {one_line(metric)} on held-out runs: {found.spearman:.2f}")
     typer.echo(f"mixture_unit: {runs.unit}")
-    typer.echo(f"init_mixture_proportions: [{', '.join(f'{share:.6f}' for share in shares.values())}]  # {', '.join(shares)}")
-    typer.echo(f"wrote {output}")
+    typer.echo(f"init_mixture_proportions: [{', '.join(f'{share:.6f}' for share in shares.values())}]  # {one_line(', '.join(shares))}")
+    typer.echo(one_line(f"wrote {output}"))
 
 
 def _guarded(method: str, config: str, overrides: list[str] | None, output: Path, settings: dict[str, Any], debug: bool) -> None:
@@ -176,8 +177,8 @@ def _checked(method: str, config: str, overrides: list[str], settings: dict[str,
 
     if (settings.get("embeddings_file") is None) != (settings.get("query_embeddings_file") is None):
         raise ConfigError(Problem("command line", "--embeddings-file", "goes with --query-embeddings-file: both must come from one model"))
-    other = ["train_type=static", "overwrite_output_dir=true", "resume_from_checkpoint=null"]  # a run in output_dir is neither touched nor asked for
-    run, checked = check_run(config, [*overrides, *other])
+    other = ["overwrite_output_dir=true", "resume_from_checkpoint=null"]  # a run in output_dir is neither touched nor asked for
+    run, checked = check_run(config, [*overrides, *other], scoring=True)
     queries = method == "ifd" or settings.get("query_embeddings_file") or run.backend.get("eval_dataset") or run.backend.get("val_size")
     if not queries:
         raise ConfigError(Problem(config, "eval_dataset", f"is required: {method} compares rows with evaluation data. Or set val_size"))

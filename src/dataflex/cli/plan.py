@@ -9,32 +9,47 @@ from typing import Any
 from dataflex.backends import Sizes, backend_name, load_backend
 from dataflex.configs.components import component_entry
 from dataflex.configs.loading import RunFile, load_run
+from dataflex.configs.paths import PATHS, path_problems
 from dataflex.configs.schema import COMPONENT_KIND
 from dataflex.core.plugins import load_builtin_components, load_plugins
 from dataflex.core.registry import REGISTRY, check_parameters, uses_eval_dataset
-from dataflex.core.schedule import WITHOUT_END, Interval, Schedule, stage_length, total_steps
+from dataflex.core.schedule import WITHOUT_END, Schedule, stage_length, total_steps
 from dataflex.errors import ComponentError, ConfigError, Problem
 from dataflex.train.trainer.by_type import AVAILABLE
 
 
-def check_run(path: str | Path, overrides: Sequence[str] = ()) -> tuple[RunFile, Any]:
+def check_run(path: str | Path, overrides: Sequence[str] = (), *, scoring: bool = False, plugins: bool = True) -> tuple[RunFile, Any]:
     """A training file, checked as a whole, and what its backend needs to run it.
+
+    Args:
+        scoring: rows are only to be scored, so that the file's `train_type` and component do not matter.
+        plugins: whether to run the code under `plugins` and that of installed plugins; a component that they define is not looked at otherwise.
 
     Raises:
         ConfigError: with every problem that was found.
     """
-    run = load_run(path, overrides)
-    _check_component(run)
+    run = load_run(path, overrides, scoring=scoring)
+    run.add_all(path_problems({**run.dataflex.model_dump(exclude_unset=True), **run.backend}, run.folder))
+    if any(problem.key.split(".")[0] in PATHS for problem in run.problems):
+        run.raise_problems()  # whatever looks for these files would stumble
     try:
+        _check_component(run, plugins)
         checked = load_backend(run.dataflex.backend).check(run)
     except ConfigError as error:
         run.add_all(error.problems)
+    except _UNFORESEEN as error:
+        run.add("", f"cannot be checked: {type(error).__name__}: {error}")
     run.raise_problems()
     assert checked is not None
+    checked.notes += [f"{key}: {getattr(run.dataflex, key)} is not used: static_mix keeps the mixture" for key in run.dataflex.unused]
     return run, checked
 
 
-def _check_component(run: RunFile) -> None:
+# What strange values make libraries raise. A file that does is refused in words; `--debug` shows where.
+_UNFORESEEN = (OSError, ValueError, ArithmeticError, RecursionError, TypeError, AttributeError, LookupError)
+
+
+def _check_component(run: RunFile, plugins: bool = True) -> None:
     config = run.dataflex
     if config.train_type != "static":
         _check_domains(run)
@@ -45,20 +60,26 @@ def _check_component(run: RunFile) -> None:
         return
     kind = COMPONENT_KIND[config.train_type]
     try:
-        load_plugins(config.plugins, base=run.folder, where=run.where("plugins"))
+        if plugins:
+            load_plugins(config.plugins, base=run.folder, where=run.where("plugins"))
+        else:
+            load_builtin_components()
+            if config.component_name not in REGISTRY.names(kind):
+                return None
         entry = component_entry(kind, config.component_name, config.components_cfg_file, run.folder, _references(run))
         cls: Any = REGISTRY.get(kind, config.component_name)
     except ConfigError as error:
         return run.add_all(error.problems)
     except ComponentError as error:
         return run.add("component_name", str(error))
-    for problem in check_parameters(cls, {**entry.params, **config.component_params}):
+    problems = check_parameters(cls, {**entry.params, **config.component_params})
+    for problem in problems:
         if problem.key in entry.params and problem.key not in config.component_params:
             run.problems.append(entry.problem(problem.key, problem.message))
         else:
             run.add(f"component_params.{problem.key}", problem.message)
     params = {**entry.params, **config.component_params}
-    if uses_eval_dataset(cls, params) and not (run.backend.get("eval_dataset") or run.backend.get("val_size")):
+    if not problems and uses_eval_dataset(cls, params) and not (run.backend.get("eval_dataset") or run.backend.get("val_size")):
         run.add("component_name", f"{config.component_name} compares samples with evaluation data: set eval_dataset or val_size")
     # The trainer finds the same files from wherever it is started.
     if config.plugins:
@@ -97,8 +118,13 @@ def _references(run: RunFile) -> dict[str, str]:
 def plan(run: RunFile, prepared: Any) -> list[tuple[str, str]]:
     """What the run will do, as (name, value) lines."""
     config = run.dataflex
-    lines, sizes = load_backend(config.backend).summary(run, prepared)
-    lines += _LINES[config.train_type](run, sizes)
+    try:
+        lines, sizes = load_backend(config.backend).summary(run, prepared)
+        lines += (_unknown_lines if _unknown(run) else _LINES[config.train_type])(run, sizes)
+    except ConfigError:
+        raise
+    except _UNFORESEEN as error:
+        raise ConfigError(Problem(str(run.path), "", f"cannot be planned: {type(error).__name__}: {error}")) from error
     return [*lines, *(("note", note) for note in prepared.notes)]
 
 
@@ -126,18 +152,19 @@ def _select_lines(run: RunFile, sizes: Sizes) -> list[tuple[str, str]]:
     (cls, params), schedule = _component(run), _schedule(run, sizes)
     if schedule is None:
         return [_component_line(run), ("boundaries", "until training ends; counted once the rows are tokenised")]
-    intervals = list(schedule.intervals())
-    decisions = [interval for interval in intervals if not interval.is_warmup]
     lines = [
         _steps_line(schedule.total_steps, sizes),
         _component_line(run),
-        ("boundaries", _boundaries(intervals, "selection")),
-        ("samples drawn", _drawn(schedule, intervals, sizes)),
-        ("extra cost", _passes(cls.passes(params), len(decisions), sizes, bool(params.get("diversity"))) if hasattr(cls, "passes") else "not known"),
+        ("boundaries", _boundaries(schedule, "selection")),
+        ("samples drawn", _drawn(schedule, sizes)),
+        (
+            "extra cost",
+            _passes(cls.passes(params), schedule.decisions, sizes, bool(params.get("diversity"))) if hasattr(cls, "passes") else "not known",
+        ),
     ]
-    if not decisions:
+    if not schedule.decisions:
         lines.append(("warning", f"the {schedule.total_steps} steps are over before the first selection at step {schedule.warmup_step}"))
-    largest = max((interval.steps for interval in intervals), default=0) * sizes.batch
+    largest = schedule.longest * sizes.batch
     if sizes.rows and largest > sizes.rows:
         lines.append(("warning", f"an interval takes {largest} samples and there are {sizes.rows} rows: rows are repeated"))
     return lines
@@ -159,14 +186,12 @@ def _mix_lines(run: RunFile, sizes: Sizes) -> list[tuple[str, str]]:
     else:
         lines.append(("mixture", {"stratified": "by size of the domains", "uniform": "equal"}[config.mixture_sample_rule]))
     if config.static_mix:
-        unused = f"component_name: {config.component_name} is not used: static_mix keeps the mixture"
-        return [*lines, ("boundaries", "none: the mixture stays"), *([("note", unused)] if config.component_name else [])]
+        return [*lines, ("boundaries", "none: the mixture stays")]
     if schedule is None:
         lines.append(("boundaries", "until training ends; counted once the rows are tokenised"))
     else:
-        intervals = list(schedule.intervals())
-        lines.append(("boundaries", _boundaries(intervals, "decision")))
-        if all(interval.is_warmup for interval in intervals):
+        lines.append(("boundaries", _boundaries(schedule, "decision")))
+        if not schedule.decisions:
             lines.append(("warning", f"the {schedule.total_steps} steps are over before the first decision at step {schedule.warmup_step}"))
     if config.mixture_sample_rule != "mixture":
         lines.append(("warning", f"mixture_sample_rule: {config.mixture_sample_rule} fixes the mixture, so what the mixer decides is not used"))
@@ -175,7 +200,7 @@ def _mix_lines(run: RunFile, sizes: Sizes) -> list[tuple[str, str]]:
 
 def _dataset_names(run: RunFile) -> list[str]:
     names = run.backend.get("dataset") or []
-    return [name.strip() for name in names.split(",")] if isinstance(names, str) else list(names)
+    return [str(name) for name in names] if isinstance(names, list | tuple) else [name.strip() for name in str(names).split(",")]
 
 
 def _schedule(run: RunFile, sizes: Sizes) -> Schedule | None:
@@ -190,17 +215,19 @@ def _schedule(run: RunFile, sizes: Sizes) -> Schedule | None:
     return Schedule(config.warmup_step, config.update_step, config.update_times, total_steps(sizes.epochs, stage, sizes.fixed))
 
 
-def _boundaries(intervals: list[Interval], what: str) -> str:
-    steps = [str(interval.start) for interval in intervals if not interval.is_warmup]
-    shown = steps if len(steps) <= 8 else [*steps[:4], "...", *steps[-2:]]
-    stages = intervals[-1].stage + 1 if intervals else 0
-    plural = "s" if len(steps) != 1 else ""
-    text = f"{len(steps)} {what}{plural}, at step{plural} {', '.join(shown)}" if steps else "none"
-    return f"{text}; {stages} stages" if stages > 1 else text
+def _boundaries(schedule: Schedule, what: str) -> str:
+    number = schedule.decisions
+    listed = range(number) if number <= 8 else [*range(4), number - 2, number - 1]
+    shown = [str(schedule.decision_step(k)) for k in listed]
+    if number > 8:
+        shown.insert(4, "...")
+    plural = "s" if number != 1 else ""
+    text = f"{number} {what}{plural}, at step{plural} {', '.join(shown)}" if number else "none"
+    return f"{text}; {schedule.stages} stages" if schedule.stages > 1 else text
 
 
-def _drawn(schedule: Schedule, intervals: list[Interval], sizes: Sizes) -> str:
-    warm = sum(interval.steps for interval in intervals if interval.is_warmup) * sizes.batch
+def _drawn(schedule: Schedule, sizes: Sizes) -> str:
+    warm = schedule.warmup_total * sizes.batch
     total = schedule.total_steps * sizes.batch
     text = f"{total}: {warm} at random in warm-up, {total - warm} selected"
     return f"{text}; at most {min(1.0, total / sizes.rows):.0%} of the rows are seen" if sizes.rows else text
@@ -241,6 +268,19 @@ def _component(run: RunFile) -> tuple[Any, dict[str, Any]]:
     assert name is not None
     entry = component_entry(kind, name, config.components_cfg_file, run.folder, _references(run))
     return REGISTRY.get(kind, name), {**entry.params, **({} if config.keeps_mixture else config.component_params)}
+
+
+def _unknown(run: RunFile) -> bool:
+    """Whether the component's code was left alone."""
+    config = run.dataflex
+    return (
+        config.train_type != "static" and not config.keeps_mixture and config.component_name not in REGISTRY.names(COMPONENT_KIND[config.train_type])
+    )
+
+
+def _unknown_lines(run: RunFile, sizes: Sizes) -> list[tuple[str, str]]:
+    config = run.dataflex
+    return [("train type", f"{config.train_type}, {config.component_name}: not looked at, since plugins were not run")]
 
 
 def _component_line(run: RunFile) -> tuple[str, str]:

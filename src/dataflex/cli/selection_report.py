@@ -10,9 +10,10 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from dataflex.cli.inspect import Grid, History, decision_grids, facts, printable, row_grids, shares_by_domain
+from dataflex.cli.inspect import Grid, History, decision_grids, facts, row_grids, shares_by_domain
 from dataflex.errors import ConfigError, Problem
 from dataflex.utils.files import write_bytes_atomically
+from dataflex.utils.printable import html_text, printable
 
 NO_MATPLOTLIB = "No picture was drawn: matplotlib is not installed (pip install 'dataflex[trl]')."
 
@@ -198,20 +199,16 @@ def page(history: History, name: str, rows: int, image: bytes | None) -> str:
 
 def _html_table(grid: Grid) -> str:
     kinds = ["words" if number in grid.left else "number" for number in range(len(grid.columns))]
-    head = "".join(f'<th scope="col" class="{kind}">{_html(column)}</th>' for kind, column in zip(kinds, grid.columns, strict=True))
+    head = "".join(f'<th scope="col" class="{kind}">{html_text(column)}</th>' for kind, column in zip(kinds, grid.columns, strict=True))
     if kinds[-1] == "words":
         kinds[-1] = "text"
     lines = ["".join(_html_cell(kind, cell) for kind, cell in zip(kinds, row, strict=True)) for row in grid.rows]
     body = "".join(f"<tr>{line}</tr>\n" for line in lines)
     table = f"<table>\n<thead><tr>{head}</tr></thead>\n<tbody>\n{body}</tbody>\n</table>"
-    return f'<h2>{_html(grid.title)}</h2>\n<div class="scroll">\n{table}\n</div>\n'
+    return f'<h2>{html_text(grid.title)}</h2>\n<div class="scroll">\n{table}\n</div>\n'
 
 
 def _html_cell(kind: str, cell: str) -> str:
     if kind == "text":  # dir: right-to-left text is read from the right, whatever its neighbours are
-        return f'<td class="text" dir="auto"><div dir="auto">{_html(cell)}</div></td>'
-    return f'<td class="{kind}">{_html(cell)}</td>'
-
-
-def _html(text: str) -> str:
-    return escape(printable(text))
+        return f'<td class="text" dir="auto"><div dir="auto">{html_text(cell)}</div></td>'
+    return f'<td class="{kind}">{html_text(cell)}</td>'

@@ -17,15 +17,17 @@ from rich.text import Text
 
 from dataflex.configs.components import components_path
 from dataflex.configs.schema import COMPONENT_BUCKETS, PACKAGED_COMPONENTS, DataflexConfig
+from dataflex.configs.secrets import redacted
 from dataflex.configs.yaml_files import read_yaml
 from dataflex.core.plugins import load_plugins
 from dataflex.core.registry import KINDS, REGISTRY, settings_of, uses_eval_dataset
+from dataflex.utils.printable import one_line, printable
 
 
 def print_plan(lines: list[tuple[str, str]]) -> None:
     table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
     for name, value in lines:
-        table.add_row(Text(name, "bold"), Text(value))  # Text: square brackets are no markup here
+        table.add_row(Text(one_line(name), "bold"), Text(one_line(redacted(value))))  # Text: square brackets are no markup here
     _console().print(table)
     typer.echo("The file is valid. Nothing was written.")
 
@@ -43,7 +45,7 @@ def print_components(components_cfg_file: str | None, plugins: list[str]) -> Non
             parameters = [f"{key} = {values.get(key, _default(p))}  ({type_name(p.annotation)})" for key, p in settings_of(cls).items()]
             needs = "evaluation data" if uses_eval_dataset(cls, values) else "-"
             about = (inspect.getdoc(cls) or "").split("\n")[0] + ("" if entry is not None else " (no entry in the components file)")
-            table.add_row(*map(Text, (kind, name, "\n".join(parameters) or "-", needs, about)))
+            table.add_row(*(Text(printable(redacted(cell))) for cell in (kind, name, "\n".join(parameters) or "-", needs, about)))
     _console().print(table)
 
 

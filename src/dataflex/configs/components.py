@@ -69,6 +69,7 @@ def component_entry(kind: str, name: str, path: str, base: Path | None = None, s
     if kind == "reorder" and bucket_name not in content.values and "reorderers" in content.values:
         bucket_name = "reorderers"
     bucket = content.values.get(bucket_name) or {}
+    bucket = {str(entry): value for entry, value in bucket.items()} if isinstance(bucket, dict) else bucket
     if not isinstance(bucket, dict):
         problems.append(Problem(content.where(file, bucket_name), bucket_name, f"must be a mapping of names to components, not {bucket!r}"))
     elif name not in bucket and not (problems and not bucket):  # a misspelt kind is reported already
@@ -79,7 +80,8 @@ def component_entry(kind: str, name: str, path: str, base: Path | None = None, s
         problems += _entry_problems(file, content, f"{bucket_name}.{name}", bucket[name])
     if problems:
         raise ConfigError(problems)
-    return ComponentEntry(file, content, f"{bucket_name}.{name}", dict((bucket[name] or {}).get("params") or {}))
+    params = (bucket[name] or {}).get("params") or {}
+    return ComponentEntry(file, content, f"{bucket_name}.{name}", {str(key): value for key, value in params.items()})
 
 
 def component_params(kind: str, name: str, path: str, base: Path | None = None, substitute: Mapping[str, str] | None = None) -> dict[str, Any]:

@@ -76,8 +76,11 @@ class RunFile:
         return [Problem(p.where or self.where(p.key), p.key, p.message) for p in problems]
 
 
-def load_run(path: str | Path, overrides: Sequence[str] = ()) -> RunFile:
+def load_run(path: str | Path, overrides: Sequence[str] = (), *, scoring: bool = False) -> RunFile:
     """Read a training file and check DataFlex's own keys.
+
+    Args:
+        scoring: rows are only to be scored, so that the file's `train_type` does not matter.
 
     Raises:
         ConfigError: the file cannot be read at all; anything else is noted in `problems`.
@@ -85,10 +88,15 @@ def load_run(path: str | Path, overrides: Sequence[str] = ()) -> RunFile:
     path = Path(path)
     content = load_yaml(path, overrides=overrides)
     values = {key: value for key, value in content.values.items() if key != METADATA_KEY}
-    own = {key: value for key, value in values.items() if key in DataflexConfig.model_fields}
-    backend = {key: value for key, value in values.items() if key not in own}
+    own = {key: value for key, value in values.items() if key in DataflexConfig.model_fields and value is not None}  # null: as if left out
+    if scoring:
+        own.pop("train_type", None)
+    elif content.written.get("train_type") is None:
+        own["train_type"] = "static"
+    backend = {key: value for key, value in values.items() if key not in DataflexConfig.model_fields}
     run = RunFile(path, DataflexConfig(), backend, content, overridden={item.split("=")[0].split(".")[0] for item in overrides})
-    run.dataflex = checked(DataflexConfig, own, run, stand_ins={"update_step": 1}) or DataflexConfig()  # its default is no value for these
+    stand_ins = {"update_step": 1} if own.get("train_type") in ("dynamic_select", "dynamic_mix") else {}  # its default is no value for these
+    run.dataflex = checked(DataflexConfig, own, run, stand_ins) or DataflexConfig()
     return run
 
 

@@ -147,6 +147,8 @@ def _check_value(name: str, parameter: inspect.Parameter, value: Any) -> list[Pr
         _adapter(parameter).validate_python(value)
     except ValidationError as error:
         return [Problem("", name, wording(detail)) for detail in error.errors(include_url=False)]
+    except (OSError, ArithmeticError, RecursionError) as error:  # such as a name that is too long for a file
+        return [Problem("", name, f"is not valid: {error}")]
     return []
 
 

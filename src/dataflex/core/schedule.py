@@ -59,6 +59,40 @@ class Schedule:
             yield Interval(number, start, steps, stage, update)
             start, number = start + steps, number + 1
 
+    @property
+    def stages(self) -> int:
+        """How many stages there are, the last of which may be cut short."""
+        return 1 if self.stage_steps is None else max(1, -(-self.total_steps // self.stage_steps))
+
+    @property
+    def warmup_total(self) -> int:
+        """Optimizer steps of all warm-ups together."""
+        whole, rest = self._whole_stages()
+        return whole * self.warmup_step + min(self.warmup_step, rest)
+
+    @property
+    def decisions(self) -> int:
+        """How many decisions there are; counted, since a long run has millions."""
+        whole, rest = self._whole_stages()
+        return whole * self.update_times + self._decisions_within(rest)
+
+    @property
+    def longest(self) -> int:
+        """Optimizer steps of the longest interval."""
+        return max(min(self.warmup_step, self.total_steps), min(self.update_step, self.total_steps - self.warmup_step))
+
+    def decision_step(self, number: int) -> int:
+        """The optimizer step of a decision, counted from 0."""
+        stage, within = (0, number) if self.stage_steps is None else divmod(number, self.update_times)
+        return stage * (self.stage_steps or 0) + self.warmup_step + within * self.update_step
+
+    def _whole_stages(self) -> tuple[int, int]:
+        """Stages that are not cut short, and the steps that remain."""
+        return (0, self.total_steps) if self.stage_steps is None else divmod(self.total_steps, self.stage_steps)
+
+    def _decisions_within(self, steps: int) -> int:
+        return -(-max(0, steps - self.warmup_step) // self.update_step)
+
     def interval_at(self, step: int) -> Interval:
         """The interval that `step` belongs to."""
         stage, update = self._place(step)

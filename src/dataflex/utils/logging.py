@@ -5,6 +5,9 @@ from __future__ import annotations
 import logging
 import os
 
+from dataflex.configs.secrets import redacted
+from dataflex.utils.printable import one_line
+
 logger = logging.getLogger("dataflex")
 
 
@@ -16,11 +19,18 @@ def _main_process_only(record: logging.LogRecord) -> bool:
 logger.addFilter(_main_process_only)
 
 
+class _Formatter(logging.Formatter):
+    """Names of rows, domains and files may hold anything; a line of the log stays one line, without control sequences and credentials."""
+
+    def formatMessage(self, record: logging.LogRecord) -> str:
+        return one_line(redacted(super().formatMessage(record)))
+
+
 def show_logs(level: int = logging.INFO) -> None:
     """Print DataFlex's log lines on stderr; called by the command line, never on import."""
     if not logger.handlers:
         handler = logging.StreamHandler()
-        handler.setFormatter(logging.Formatter("%(levelname)s dataflex: %(message)s"))
+        handler.setFormatter(_Formatter("%(levelname)s dataflex: %(message)s"))
         logger.addHandler(handler)
         logger.propagate = False
     logger.setLevel(level)

@@ -28,6 +28,7 @@ from dataflex.train.trainer.hosts import causal_lm
 from dataflex.train.trainer.token_losses import losses_from_logits
 from dataflex.utils.distributed import sum_over_ranks
 from dataflex.utils.files import write_json_atomically, write_text_atomically
+from dataflex.utils.printable import one_line
 
 
 def _model_folder(path: Path) -> Path:
@@ -120,7 +121,7 @@ class DoremiMixer(Mixer):
         names = self.mixture_manager.names
         write_json_atomically(folder / "doremi_weights.json", {"names": names, "average_weights": weights, "steps": self.steps})
         text = ", ".join(f"{weight:.6f}" for weight in weights)
-        lines = [f"# {', '.join(names)}: mean over {self.steps} steps", "mixture_unit: token", f"init_mixture_proportions: [{text}]"]
+        lines = [f"# {one_line(', '.join(names))}: mean over {self.steps} steps", "mixture_unit: token", f"init_mixture_proportions: [{text}]"]
         write_text_atomically(folder / "doremi_proportions.yaml", "\n".join(lines) + "\n")
 
     def state_dict(self) -> dict[str, Any]:

@@ -48,7 +48,7 @@ class DeltaLossSelector(ScoringSelector):
         if self.baseline is None:
             self.baseline = losses
             return gumbel_scores(np.where(np.isfinite(losses), 0.0, -np.inf), key)
-        later = sum(not interval.is_warmup for interval in ctx.schedule.intervals()) - 1  # decisions with something to compare
+        later = ctx.schedule.decisions - 1  # decisions with something to compare
         progress = (self.decisions - 2) / (later - 1) if later > 1 else 0.0
         return gumbel_scores(delta_log_weights(self.baseline - losses, progress, self.window, self.steepness), key)
 

@@ -10,8 +10,14 @@ import torch
 
 from dataflex.errors import TrainingError
 from dataflex.utils.distributed import gather_rows
+from dataflex.utils.printable import one_line
 
 _SUMS = ("samples", "weight", "weight_squared", "loss", "nonfinite", "without_targets")
+
+
+def metric_name(name: str) -> str:
+    """As trackers and log lines get it; names of domains are data and may hold anything."""
+    return f"dataflex/{one_line(name)}"
 
 
 class WeightMetrics:
@@ -82,7 +88,7 @@ class WeightMetrics:
             if total["weight"] and len(self.domains) > 1:
                 metrics[f"weight_share/{domain}"] = per_domain[k] / total["weight"]
         rare = {"nonfinite_losses": total["nonfinite"], "samples_without_targets": total["without_targets"]}
-        return {f"dataflex/{name}": value for name, value in {**metrics, **{k: v for k, v in rare.items() if v}}.items()}
+        return {metric_name(name): value for name, value in {**metrics, **{k: v for k, v in rare.items() if v}}.items()}
 
 
 class BoundaryMetrics:
@@ -105,7 +111,7 @@ class BoundaryMetrics:
     def drain(self) -> dict[str, float]:
         """The metrics for a log line; starts anew."""
         values, self._values = self._values, {}
-        return {f"dataflex/{name}": value for name, value in values.items()}
+        return {metric_name(name): value for name, value in values.items()}
 
 
 class DomainMetrics(BoundaryMetrics):
@@ -134,4 +140,4 @@ class DomainMetrics(BoundaryMetrics):
         merged, self._sums = self.merged(), None
         assert merged is not None
         losses = {name: sums[0] / sums[1] for name, sums in zip(self.domains, merged["sums"], strict=True) if sums[1]}
-        return {**super().drain(), **{f"dataflex/loss/{name}": loss for name, loss in losses.items()}}
+        return {**super().drain(), **{metric_name(f"loss/{name}"): loss for name, loss in losses.items()}}
