@@ -324,7 +324,7 @@ def _check_checkpoint(resume: str | bool | None, folder: Path, run: RunFile) -> 
 
 def _find(names: list[str], folder: Path, options: TrlOptions, key: str, run: RunFile) -> list[DatasetSpec]:
     try:
-        specs = find_datasets(names, folder, stage=options.stage, key=key) if names else []
+        specs = find_datasets(names, folder, stage=options.stage, key=key, allow_outside=options.allow_outside_dataset_dir) if names else []
     except ConfigError as error:
         run.add_all(error.problems)
         return []
@@ -381,9 +381,12 @@ def summary(run: RunFile, checked: Checked) -> tuple[list[tuple[str, str]], Size
     warmup = f"{options.warmup_ratio:.0%} of the steps" if options.warmup_ratio else keys.get("warmup_steps", 0)
     lines = [
         ("model", f"{options.model_name_or_path}, {options.finetuning_type}, stage {options.stage}"),
-        ("data", f"{', '.join(options.dataset)}: {train_rows} rows"),
+        ("data", f"{', '.join(spec.shown for spec in checked.train)}: {train_rows} rows"),
         *([("domains", ", ".join(f"{name} {len(part)} rows" for name, _, part in domains))] if options.domain_column else []),
-        ("evaluation data", ", ".join(options.eval_dataset) or (f"{rows - train_rows} rows of the above" if options.val_size else "none")),
+        (
+            "evaluation data",
+            ", ".join(spec.shown for spec in checked.evaluation) or (f"{rows - train_rows} rows of the above" if options.val_size else "none"),
+        ),
         ("samples per step", f"{batch} ({world} process{'es' if world > 1 else ''})"),
         ("warmup_steps", f"{warmup} (learning rate; not the same as warmup_step)"),
     ]

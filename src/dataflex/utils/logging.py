@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+from functools import cache
 
 logger = logging.getLogger("dataflex")
 
@@ -14,6 +15,12 @@ def _main_process_only(record: logging.LogRecord) -> bool:
 
 
 logger.addFilter(_main_process_only)
+
+
+@cache
+def warn_once(message: str) -> None:
+    """A warning that would otherwise come with every row or every look at a file."""
+    logger.warning("%s", message)
 
 
 def show_logs(level: int = logging.INFO) -> None:
