@@ -131,7 +131,7 @@ def load_tokenizer(options: TrlOptions, run: RunFile) -> PreTrainedTokenizerBase
     )
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
-    if options.stage == "sft":
+    if options.stage == "sft" and (tokenizer.chat_template or options.template):  # plain prompt and completion need none, and that was checked
         tokenizer.chat_template = resolve_template(options.template, tokenizer.chat_template, run.folder)
         _fit(tokenizer, options)
     return tokenizer

@@ -96,7 +96,8 @@ def check(run: RunFile) -> Checked | None:
     train = _find(options.dataset if options.dataset != [_ABSENT] else [], folder, options, "dataset", run)
     evaluation = _find(options.eval_dataset, folder, options, "eval_dataset", run)
     if options.model_name_or_path != _ABSENT:
-        _check_model(options, run)
+        found = [*train, *evaluation]
+        _check_model(options, run, chat=not found or any(spec.needs_template for spec in found))
     _check_adapter(options, run)
     if run.dataflex.train_type == "dynamic_mix" and options.stage == "sft" and (options.packing or options.neat_packing):
         key = "packing" if options.packing else "neat_packing"
@@ -173,7 +174,7 @@ def _check_construction(keys: dict[str, Any], run: RunFile) -> None:
         run.add(next((key for key in keys if key in str(error)), ""), " ".join(str(error).removeprefix("--").split()))
 
 
-def _check_model(options: TrlOptions, run: RunFile) -> None:
+def _check_model(options: TrlOptions, run: RunFile, *, chat: bool) -> None:
     from transformers import AutoConfig, AutoTokenizer
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
@@ -202,7 +203,7 @@ def _check_model(options: TrlOptions, run: RunFile) -> None:
     except Exception as error:
         why = f": {_first_line(error).rstrip('.')}" if list(Path(name).glob("tokenizer*")) else ""
         return run.add("model_name_or_path", f"'{name}' holds no readable tokenizer{why}. Save it there with tokenizer.save_pretrained('{name}')")
-    if options.stage == "sft":
+    if options.stage == "sft" and (chat or options.template):
         _check_template(options, tokenizer, run)
     return None
 

@@ -218,7 +218,7 @@ def _entry_troubles(entry: Mapping[str, Any], stage: Stage) -> Iterator[str]:
 def _format_troubles(entry: Mapping[str, Any], stage: Stage) -> Iterator[str]:
     formatting = entry.get("formatting", "alpaca")
     if formatting not in FORMATTINGS:
-        yield f"formatting must be one of {listing(FORMATTINGS)}, got {formatting!r}{nearest(str(formatting), FORMATTINGS)}"
+        yield f"formatting must be one of {listing(FORMATTINGS)}, got {formatting!r}.{nearest(str(formatting), FORMATTINGS)}".rstrip(".")
         return
     read = "text" if stage == "pt" else formatting
     allowed = {*DEFAULT_COLUMNS[read], *OPTIONAL_COLUMNS[read]}

@@ -84,6 +84,11 @@ class DatasetSpec:
         return ("messages",)
 
     @property
+    def needs_template(self) -> bool:
+        """Rows are conversations; TRL's prompt and completion may be plain text."""
+        return self.formatting != "text" and (self.formatting != "prompt_completion" or bool(self.tags))
+
+    @property
     def shown(self) -> str:
         """The name, with the path where that is not to be guessed."""
         return f"{self.name} ({self.path})" if self.outside and self.name != str(self.path) else self.name
