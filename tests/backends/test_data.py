@@ -6,19 +6,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from data_files import ALPACA, TALK, labelled, problems_of, spec_of, talk, write_info, write_lines
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from dataflex.backends.datasets.conversations import to_messages
-from dataflex.backends.datasets.encode import Encoded, encode_sft, encode_text
+from dataflex.backends.datasets.encode import encode_sft, encode_text
 from dataflex.backends.datasets.find import find_datasets
 from dataflex.backends.datasets.rows import load_rows
 from dataflex.backends.datasets.spec import DatasetSpec
 from dataflex.errors import ConfigError
 from dataflex.testing.tiny import tiny_tokenizer
 
-ALPACA = {"instruction": "Say hi", "input": "", "output": "hi"}
-TALK = [("human", "one?"), ("gpt", "1"), ("human", "two?"), ("gpt", "2")]
 # Like Qwen3: only the last reply is written with its (empty) thoughts.
 THINKING_TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n"
@@ -38,47 +37,6 @@ def _quiet():
     import datasets
 
     datasets.disable_progress_bars()
-
-
-def write_lines(path: Path, rows: list[Any]) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
-    return path
-
-
-def write_info(where: Path, /, **entries: Any) -> Path:
-    path = where / "dataset_info.json"
-    path.write_text(json.dumps(entries), encoding="utf-8")
-    return path
-
-
-def talk(turns=TALK) -> dict[str, Any]:
-    return {"conversations": [{"from": role, "value": text} for role, text in turns]}
-
-
-def spec_of(folder: Path, rows: list[Any], **entry: Any) -> DatasetSpec:
-    """A spec for rows, through a file and `dataset_info.json`."""
-    write_lines(folder / "d.jsonl", rows)
-    write_info(folder, d={"file_name": "d.jsonl", **entry})
-    return find_datasets(["d"], folder, stage="sft")[0]
-
-
-def problems_of(folder: Path, *names: str, stage: Any = "sft", key: str = "dataset") -> list[str]:
-    """Problems as text, with the folder's name taken out."""
-    with pytest.raises(ConfigError) as caught:
-        find_datasets(names, folder, stage=stage, key=key)
-    return [str(problem).replace(f"{folder}/", "") for problem in caught.value.problems]
-
-
-def labelled(encoded: Encoded, tokenizer, row: int = 0) -> list[str]:
-    """The runs of labelled tokens as text."""
-    runs: list[list[int]] = [[]]
-    for label in encoded.dataset[row]["labels"]:
-        if label == -100:
-            runs.append([])
-        else:
-            runs[-1].append(label)
-    return [tokenizer.decode(run) for run in runs if run]
 
 
 class TestFormats:
@@ -222,12 +180,15 @@ class TestRefusals:
             ({"file_name": "d.jsonl", "split": "test"}, "split concerns data sets on a hub"),
             ({"file_name": "d.jsonl", "ranking": True}, "ranking: preference pairs cannot be trained on"),
             ({"file_name": "d.jsonl", "num_samples": 0}, "num_samples must be a whole number above 0, got 0"),
-            ({"file_name": "d.jsonl", "formatting": "openai"}, "formatting must be alpaca or sharegpt, got 'openai'"),
+            (
+                {"file_name": "d.jsonl", "formatting": "opneai"},
+                "formatting must be one of alpaca, openai, prompt_completion, sharegpt, got 'opneai'. Did you mean 'openai'?",
+            ),
             ({"file_name": "d.jsonl", "columns": {"promt": "a"}}, "columns: 'promt' is not a known role. Did you mean 'prompt'?"),
             ({"file_name": "d.jsonl", "columns": {"images": "a"}}, "columns: 'images' is not used with formatting alpaca. Allowed: history, prompt"),
             ({"file_name": "d.jsonl", "columns": ["a"]}, "columns must be an object of names to names"),
             ({"file_name": "d.jsonl", "formatting": "sharegpt", "tags": {"rol_tag": "x"}}, "tags: 'rol_tag' is not known. Did you mean 'role_tag'?"),
-            ({"file_name": "d.jsonl", "tags": {"role_tag": "x"}}, "tags are used with formatting: sharegpt only"),
+            ({"file_name": "d.jsonl", "tags": {"role_tag": "x"}}, "tags say how messages are written, and rows of formatting: alpaca"),
         ],
     )
     def test_entries(self, tmp_path, entry, message):

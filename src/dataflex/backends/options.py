@@ -52,6 +52,9 @@ class TrlOptions(BaseModel):
         None, description="Column of `dataset` whose values are the domains for metrics and mixing; left out, each data set is one."
     )
     dataset_dir: str = Field("data", description="Folder with `dataset_info.json`.")
+    allow_outside_dataset_dir: bool = Field(
+        False, description="Relative paths of data files may lead out of `dataset_dir`; absolute ones always may."
+    )
     eval_dataset: Names = Field(default_factory=list, description="Data sets to evaluate on.")
     eval_on_each_dataset: bool = Field(False, description="Evaluate on each separately: `eval_<name>_loss`.")
     val_size: float = Field(0.0, ge=0, le=_LARGEST, description="Share (below 1) or number of rows taken from `dataset` for evaluation.")

@@ -12,9 +12,10 @@ import numpy as np
 from dataflex.backends import for_scoring
 from dataflex.backends.datasets.encode import Encoded, encode_sft, encode_text
 from dataflex.backends.datasets.packing import pack_conversations
+from dataflex.backends.datasets.rendering import chat_format
 from dataflex.backends.datasets.spec import DatasetSpec
 from dataflex.backends.options import TrlOptions
-from dataflex.backends.templates import resolve_template
+from dataflex.backends.templates import fit_tokenizer, resolve_template
 from dataflex.backends.trl_checks import Checked, check, model_path, resume_value, summary
 from dataflex.configs.loading import RunFile
 from dataflex.configs.secrets import protected
@@ -155,9 +156,29 @@ def load_tokenizer(options: TrlOptions, run: RunFile) -> PreTrainedTokenizerBase
     )
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
-    if options.stage == "sft":
+    if options.stage == "sft" and (tokenizer.chat_template or options.template):  # plain prompt and completion need none, and that was checked
         tokenizer.chat_template = resolve_template(options.template, tokenizer.chat_template, run.folder)
+        _fit(tokenizer, options)
     return tokenizer
+
+
+def _fit(tokenizer: Any, options: TrlOptions) -> None:
+    """Let the tokenizer know the tokens of a built-in template, and say what that changes."""
+    before = tokenizer.eos_token
+    new = fit_tokenizer(options.template, tokenizer)
+    if tokenizer.eos_token != before:
+        logger.info("template %s: the eos token is now %s, which ends its answers; it was %s", options.template, tokenizer.eos_token, before)
+    if not new:
+        return
+    logger.info("template %s: new special tokens %s; the embeddings are resized", options.template, ", ".join(new))
+    trained = {"lora": options.additional_target, "freeze": options.freeze_extra_modules}.get(options.finetuning_type, True)
+    if not trained:
+        key = "additional_target" if options.finetuning_type == "lora" else "freeze_extra_modules"
+        logger.warning(
+            "the embeddings of new tokens are random and finetuning_type: %s does not train them; name them in %s, e.g. embed_tokens,lm_head",
+            options.finetuning_type,
+            key,
+        )
 
 
 def load_model(options: TrlOptions, args: SFTConfig, run: RunFile, tokenizer: Any) -> Any:
@@ -178,6 +199,8 @@ def load_model(options: TrlOptions, args: SFTConfig, run: RunFile, tokenizer: An
         model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, **source, **extra)
     if len(tokenizer) > model.get_input_embeddings().weight.shape[0]:
         model.resize_token_embeddings(len(tokenizer))
+    if options.stage == "sft" and tokenizer.chat_template:
+        _stop_where_answers_end(model, tokenizer)
     if options.adapter_name_or_path:
         from peft import PeftModel
 
@@ -185,6 +208,16 @@ def load_model(options: TrlOptions, args: SFTConfig, run: RunFile, tokenizer: An
     if options.finetuning_type == "freeze":
         _freeze(model, options)
     return model
+
+
+def _stop_where_answers_end(model: Any, tokenizer: Any) -> None:
+    """Let generation with the saved model stop at every token that answers are trained to end with."""
+    known = model.generation_config.eos_token_id
+    known = [known] if isinstance(known, int) else list(known or [])
+    missing = [token for token in chat_format(tokenizer).stop_ids if token not in known]
+    if missing:
+        model.generation_config.eos_token_id = [*missing, *known]
+        logger.info("generation_config: generation also stops at %s", ", ".join(tokenizer.convert_ids_to_tokens(missing)))
 
 
 def _lora_config(options: TrlOptions) -> Any:

@@ -103,7 +103,8 @@ def check(run: RunFile) -> Checked | None:
     train = _find(options.dataset if options.dataset != [_ABSENT] else [], folder, options, "dataset", run)
     evaluation = _find(options.eval_dataset, folder, options, "eval_dataset", run)
     if options.model_name_or_path != _ABSENT:
-        _check_model(options, run)
+        found = [*train, *evaluation]
+        _check_model(options, run, chat=not found or any(spec.needs_template for spec in found))
     _check_adapter(options, run)
     if run.dataflex.train_type == "dynamic_mix" and options.stage == "sft" and (options.packing or options.neat_packing):
         key = "packing" if options.packing else "neat_packing"
@@ -179,7 +180,7 @@ def _check_construction(keys: dict[str, Any], run: RunFile) -> None:
         run.add(next((key for key in keys if key in text), ""), " ".join(text.removeprefix("--").split()))
 
 
-def _check_model(options: TrlOptions, run: RunFile) -> None:
+def _check_model(options: TrlOptions, run: RunFile, *, chat: bool) -> None:
     from transformers import AutoConfig, AutoTokenizer
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
@@ -208,7 +209,7 @@ def _check_model(options: TrlOptions, run: RunFile) -> None:
     except Exception as error:
         why = f": {_first_line(error).rstrip('.')}" if list(Path(name).glob("tokenizer*")) else ""
         return run.add("model_name_or_path", f"'{name}' holds no readable tokenizer{why}. Save it there with tokenizer.save_pretrained('{name}')")
-    if options.stage == "sft":
+    if options.stage == "sft" and (chat or options.template):
         _check_template(options, tokenizer, run)
     return None
 
@@ -345,7 +346,7 @@ def _check_checkpoint(resume: str | bool | None, folder: Path, run: RunFile) -> 
 
 def _find(names: list[str], folder: Path, options: TrlOptions, key: str, run: RunFile) -> list[DatasetSpec]:
     try:
-        specs = find_datasets(names, folder, stage=options.stage, key=key) if names else []
+        specs = find_datasets(names, folder, stage=options.stage, key=key, allow_outside=options.allow_outside_dataset_dir) if names else []
     except ConfigError as error:
         run.add_all(error.problems)
         return []
@@ -402,11 +403,11 @@ def summary(run: RunFile, checked: Checked) -> tuple[list[tuple[str, str]], Size
     left_out = [("left out", f"{number} rows: {reason}") for reason, number in data.dropped.items()]
     counts = np.bincount(column_values(data.dataset, DOMAIN_COLUMN), minlength=len(data.names)) if options.domain_column else []
     held_out = f"{eval_rows}{packed} rows of the above, held out" if options.val_size else "none"
-    named = f"{', '.join(options.eval_dataset)}: {eval_rows}{packed} rows"
+    named = f"{', '.join(spec.shown for spec in checked.evaluation)}: {eval_rows}{packed} rows"
     warmup = f"{options.warmup_ratio:.0%} of the steps" if options.warmup_ratio else keys.get("warmup_steps", 0)
     lines = [
         ("model", f"{options.model_name_or_path}, {options.finetuning_type}, stage {options.stage}"),
-        ("data", f"{', '.join(options.dataset)}: {rows}{packed} rows{f' to train on, of {read}' if read != rows else ''}"),
+        ("data", f"{', '.join(spec.shown for spec in checked.train)}: {rows}{packed} rows{f' to train on, of {read}' if read != rows else ''}"),
         *left_out,
         *([("domains", ", ".join(f"{name} {count} rows" for name, count in zip(data.names, counts, strict=True)))] if options.domain_column else []),
         ("evaluation data", named if options.eval_dataset else held_out),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+from functools import cache
 
 from dataflex.configs.secrets import redacted
 from dataflex.utils.printable import one_line
@@ -24,6 +25,12 @@ class _Formatter(logging.Formatter):
 
     def formatMessage(self, record: logging.LogRecord) -> str:
         return one_line(redacted(super().formatMessage(record)))
+
+
+@cache
+def warn_once(message: str) -> None:
+    """A warning that would otherwise come with every row or every look at a file."""
+    logger.warning("%s", message)
 
 
 def show_logs(level: int = logging.INFO) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import csv
 import json
+import os
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -27,19 +29,40 @@ def check_files(path: Path, stage: Stage, key: str) -> None:
     Raises:
         ConfigError: one problem per file.
     """
-    if not path.exists():
-        raise ConfigError(Problem(str(path), key, "does not exist"))
-    if not data_files(path):
+    if message := _absence(path):
+        raise ConfigError(Problem(str(path), key, message))
+    try:
+        files = _entries(path)
+        problems = [Problem(str(file), key, message) for file in files if (message := _file_problem(file, stage, inside=path.is_dir()))]
+    except OSError as error:
+        raise ConfigError(Problem(str(path), key, f"cannot be read: {error.strerror or error}")) from None
+    if not files:
         raise ConfigError(Problem(str(path), key, "is a folder without files"))
-    problems = []
-    for file in data_files(path):
-        if file.suffix not in suffixes(stage):
-            only = " (.txt is for stage pt)" if file.suffix == ".txt" else ""
-            problems.append(Problem(str(file), key, f"has no supported file type{only}; supported: {listing(suffixes(stage))}"))
-        elif file.stat().st_size == 0:
-            problems.append(Problem(str(file), key, "is empty"))
     if problems:
         raise ConfigError(problems)
+
+
+def _absence(path: Path) -> str:
+    """Why there is nothing at a path, or an empty text. (os.path: a name that is too long or holds a NUL names nothing, and is no error.)"""
+    if os.path.exists(path):
+        return ""
+    return f"is a link to '{os.readlink(path)}', which does not exist" if os.path.islink(path) else "does not exist"
+
+
+def _entries(path: Path) -> list[Path]:
+    """All that is visible in a folder, in the order of names, or the file itself."""
+    return sorted(entry for entry in path.iterdir() if not entry.name.startswith(".")) if path.is_dir() else [path]
+
+
+def _file_problem(file: Path, stage: Stage, *, inside: bool) -> str:
+    if message := _absence(file):
+        return message
+    if inside and file.is_dir():
+        return "is a folder within the folder of a data set, and would not be read; move its files up, or name it as a data set of its own"
+    if file.suffix not in suffixes(stage):
+        only = " (.txt is for stage pt)" if file.suffix == ".txt" else ""
+        return f"has no supported file type{only}; supported: {listing(suffixes(stage))}"
+    return "is empty" if file.stat().st_size == 0 else ""
 
 
 def records(path: Path, key: str, wanted: Sequence[str] | None = None) -> Iterator[tuple[str, Any]]:
@@ -82,13 +105,32 @@ def decode(raw: bytes, path: Path, key: str, first_line: int = 1) -> str:
 
 
 def parse_json(text: str, path: Path, key: str, first_line: int = 1) -> Any:
+    """The value that JSON text holds.
+
+    Raises:
+        ConfigError: it is no JSON, nested too deeply, or an object that holds a key twice, of which one value would be lost.
+    """
     try:
-        return json.loads(text)
+        return json.loads(text, object_pairs_hook=_object)
     except json.JSONDecodeError as error:
         place = f"{path}:{first_line + error.lineno - 1}"
         raise ConfigError(Problem(place, key, f"is not valid JSON: {error.msg} (column {error.colno})")) from None
     except RecursionError:
         raise ConfigError(Problem(f"{path}:{first_line}", key, "is nested too deeply")) from None
+    except ValueError as error:  # a key twice, or a number of thousands of digits
+        raise ConfigError(Problem(f"{path}:{first_line}" if text.count("\n") == 0 else str(path), key, str(error))) from None
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        raise ValueError(f"holds the key '{_twice([name for name, _ in pairs])}' twice in one object")
+    return found
+
+
+def _twice(names: Sequence[str]) -> str | None:
+    """The first name that occurs more than once."""
+    return next((name for name, number in Counter(names).items() if number > 1), None)
 
 
 def _json_records(path: Path, key: str) -> Iterator[tuple[str, Any]]:
@@ -107,6 +149,7 @@ def _csv_records(path: Path, key: str) -> Iterator[tuple[str, Any]]:
         reader = csv.reader(file, strict=True)
         try:
             header = next(reader, [])
+            _check_header(header, path, key)
             for row in reader:
                 place = f"{path}:{reader.line_num}"
                 if row and len(row) != len(header):
@@ -119,17 +162,31 @@ def _csv_records(path: Path, key: str) -> Iterator[tuple[str, Any]]:
             raise ConfigError(Problem(str(path), key, "is not UTF-8 text")) from None
 
 
+def _check_header(columns: Sequence[str], path: Path, key: str) -> None:
+    """Of two columns of one name, one would be lost."""
+    if (name := _twice(columns)) is not None:
+        raise ConfigError(Problem(f"{path}:1" if path.suffix == ".csv" else str(path), key, f"names the column '{name}' twice"))
+
+
 def _parquet_records(path: Path, key: str, wanted: Sequence[str] | None = None) -> Iterator[tuple[str, Any]]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     try:
         with pq.ParquetFile(path) as file:
+            _check_header(file.schema_arrow.names, path, key)
             columns = None if wanted is None else [name for name in file.schema_arrow.names if name in wanted]
             row = 0
             for batch in file.iter_batches(batch_size=1000, columns=columns):
                 for record in batch.to_pylist():
                     row += 1
-                    yield f"{path}, row {row}", record
+                    yield f"{path}, row {row}", {name: _without_nulls(value) for name, value in record.items()}
     except pa.ArrowException as error:
         raise ConfigError(Problem(str(path), key, f"is not a valid parquet file: {error}")) from None
+
+
+def _without_nulls(value: Any) -> Any:
+    """A nested value without the fields that are null: parquet gives every object all fields that any object has."""
+    if isinstance(value, dict):
+        return {name: _without_nulls(item) for name, item in value.items() if item is not None}
+    return [_without_nulls(item) for item in value] if isinstance(value, list) else value

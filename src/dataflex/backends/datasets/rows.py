@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
-from dataflex.backends.datasets.cells import kind_of, text_or_none
+from dataflex.backends.datasets.cells import content_or_none, is_missing, json_of, kind_of, text_or_none
 from dataflex.backends.datasets.files import data_files, records
-from dataflex.backends.datasets.spec import DatasetSpec
+from dataflex.backends.datasets.spec import FIELDS, DatasetSpec
 from dataflex.errors import ConfigError, Problem
 
 if TYPE_CHECKING:
@@ -45,8 +47,9 @@ def _schema(spec: DatasetSpec) -> pyarrow.Schema:
 
     text = pa.string()
     types: dict[str, Any] = {"history": pa.list_(pa.list_(text))}
-    if spec.formatting == "sharegpt":
-        types["messages"] = pa.list_(pa.struct([(spec.tags["role_tag"], text), (spec.tags["content_tag"], text)]))
+    if spec.tags:
+        message = pa.struct([(spec.tags["role_tag"], text), (spec.tags["content_tag"], text), (FIELDS, text)])
+        types |= dict.fromkeys(spec.message_roles, pa.list_(message))
     return pa.schema({column: types.get(role, text) for role, column in spec.columns.items()})
 
 
@@ -69,13 +72,51 @@ def reduced_row(place: str, record: Any, spec: DatasetSpec) -> dict[str, Any]:
 
 
 def _reduced(role: str, value: Any, what: str, spec: DatasetSpec) -> Any:
-    if value is None or role not in ("messages", "history"):
-        return text_or_none(value, what)
+    if is_missing(value):
+        return None
+    if role in spec.message_roles:
+        return [_reduced_message(message, what, spec.tags) for message in as_list(value, what)]
+    if role == "history":
+        return [_reduced_pair(pair, what) for pair in as_list(value, what)]
+    if role == "tools":
+        tools = _parsed(value, what) or []
+        return json_of([_tool(tool, what) for tool in (tools if isinstance(tools, list) else [tools])], what) if tools else None
+    if role == "chat_template_kwargs":
+        settings = _parsed(value, what) or {}
+        if not isinstance(settings, dict):
+            raise ValueError(f"{what} is {kind_of(settings)}, not an object")
+        return json_of(settings, what) if settings else None
+    return text_or_none(value, what)
+
+
+def _parsed(value: Any, what: str) -> Any:
+    """A nested value, which may be given as JSON text."""
+    if not isinstance(value, str):
+        return value
+    try:
+        return json.loads(value) if value.strip() else None
+    except (ValueError, RecursionError):
+        raise ValueError(f"{what} is text that is not valid JSON") from None
+
+
+def as_list(value: Any, what: str) -> list[Any]:
+    """A list, which CSV can only hold as JSON text."""
+    if isinstance(value, str):
+        with suppress(ValueError, RecursionError):
+            value = json.loads(value) if value.strip() else []
     if not isinstance(value, list):
         raise ValueError(f"{what} is {kind_of(value)}, not a list")
-    if role == "history":
-        return [_reduced_pair(pair, what) for pair in value]
-    return [_reduced_message(message, what, (spec.tags["role_tag"], spec.tags["content_tag"])) for message in value]
+    return value
+
+
+def _tool(tool: Any, what: str) -> dict[str, Any]:
+    """A tool as chat templates expect it, `{"type": "function", "function": {...}}`; LLaMA-Factory's files leave the wrapping out."""
+    tool = _parsed(tool, what)
+    if isinstance(tool, dict) and "name" in tool and "function" not in tool:
+        tool = {"type": "function", "function": tool}
+    if not isinstance(tool, dict) or not isinstance(tool.get("function"), dict) or not tool["function"].get("name"):
+        raise ValueError(f"{what} holds {kind_of(tool)}, not a tool with a name")
+    return tool
 
 
 def _reduced_pair(pair: Any, what: str) -> list[str | None]:
@@ -84,7 +125,21 @@ def _reduced_pair(pair: Any, what: str) -> list[str | None]:
     return [text_or_none(item, what) for item in pair]
 
 
-def _reduced_message(message: Any, what: str, tags: tuple[str, str]) -> dict[str, str | None]:
+def _reduced_message(message: Any, what: str, tags: Mapping[str, str]) -> dict[str, str | None]:
+    role, content = tags["role_tag"], tags["content_tag"]
     if not isinstance(message, dict):
-        raise ValueError(f"{what} holds {kind_of(message)}, not a message with '{tags[0]}' and '{tags[1]}'")
-    return {tag: text_or_none(message.get(tag), f"{what}: '{tag}' of a message") for tag in tags}
+        raise ValueError(f"{what} holds {kind_of(message)}, not a message with '{role}' and '{content}'")
+    fields = {name: value for name, value in message.items() if name not in (role, content) and not says_nothing(value)}
+    weight = fields.get("weight", 1)
+    if isinstance(weight, bool) or weight not in (0, 1):
+        raise ValueError(f"{what}: 'weight' of a message is {weight!r}; only 0 (no target) and 1 are known")
+    return {
+        role: text_or_none(message.get(role), f"{what}: '{role}' of a message"),
+        content: content_or_none(message.get(content), f"{what}: '{content}' of a message"),
+        FIELDS: json_of(fields, f"{what}: a message") if fields else None,
+    }
+
+
+def says_nothing(value: Any) -> bool:
+    """A field that is there for form's sake: null, or an empty text, list or object."""
+    return is_missing(value) or (isinstance(value, str | list | dict) and not value)
