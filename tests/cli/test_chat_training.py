@@ -82,7 +82,7 @@ def test_the_plan_says_where_data_outside_lies(folder):
         json.dumps({"rows": {"file_name": str(folder / "far.jsonl")}, "near": {"file_name": "rows.jsonl"}})
     )
     lines = dict(plan(*check_run(write_config(folder, eval_dataset="near"))))
-    assert lines["data"] == f"rows ({folder}/far.jsonl): 12 rows" and lines["evaluation data"] == "near"
+    assert lines["data"] == f"rows ({folder}/far.jsonl): 12 rows" and lines["evaluation data"] == "near: 12 rows"
 
 
 def test_a_path_that_leads_out_of_the_data_folder(folder):

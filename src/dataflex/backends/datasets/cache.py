@@ -61,11 +61,12 @@ def code_digest() -> str:
     return digest([file_digest(file) for file in files], [version(name) for name in ("transformers", "tokenizers", "jinja2")])
 
 
-def cached(key: str, write: Callable[[Path], None], *, renew: bool = False) -> Path:
-    """The Arrow file of `key`; made by `write`, in one process of the machine while the others wait, if it is not there or damaged.
+def cached(key: str, write: Callable[[Path], list[str]], *, renew: bool = False) -> tuple[Path, list[str]]:
+    """The Arrow file of `key`, and what there was to say when it was made; made by `write`, in one process of the machine while the others wait,
+    if it is not there or damaged.
 
     Args:
-        write: writes the file at a given path.
+        write: writes the file at a given path, and returns what there is to say.
         renew: make it again.
     """
     folder = cache_folder()
@@ -76,25 +77,22 @@ def cached(key: str, write: Callable[[Path], None], *, renew: bool = False) -> P
         folder, lock = _temporary(error), nullcontext()
     path = folder / f"{key}.arrow"
     with lock:
-        if not (renew and not _made_here(key)) and _intact(path):
-            return path
+        known = None if renew and key not in _HERE else _intact(path)
+        if known is not None:
+            return path, known["notes"]
         partial = folder / f".{key}.{os.getpid()}.partial"
         try:
-            write(partial)
-            note = {"sha256": file_digest(partial), "bytes": partial.stat().st_size}
+            notes = write(partial)
+            note = {"sha256": file_digest(partial), "bytes": partial.stat().st_size, "notes": notes}
             os.replace(partial, path)
         finally:
             partial.unlink(missing_ok=True)
         write_json_atomically(path.with_suffix(".json"), note)
         _HERE.add(key)
-    return path
+    return path, notes
 
 
 _HERE: set[str] = set()  # entries that this process has made
-
-
-def _made_here(key: str) -> bool:
-    return key in _HERE
 
 
 def _lock(path: Path) -> AbstractContextManager[Any]:
@@ -106,19 +104,20 @@ def _lock(path: Path) -> AbstractContextManager[Any]:
     return lock
 
 
-def _intact(path: Path) -> bool:
+def _intact(path: Path) -> dict[str, Any] | None:
+    """The note of an entry that fits its digest."""
     note = path.with_suffix(".json")
     try:
         known = json.loads(note.read_text(encoding="utf-8"))
-        whole = path.stat().st_size == known["bytes"] and file_digest(path) == known["sha256"]
+        if path.stat().st_size == known["bytes"] and file_digest(path) == known["sha256"] and isinstance(known["notes"], list):
+            return dict(known)
     except FileNotFoundError:
-        return False
+        return None
     except (OSError, ValueError, KeyError, TypeError):
-        whole = False
-    if not whole:
-        logger.warning("%s is damaged; the rows are tokenised again", path)
-        note.unlink(missing_ok=True)
-    return whole
+        pass
+    logger.warning("%s is damaged; the rows are tokenised again", path)
+    note.unlink(missing_ok=True)
+    return None
 
 
 @cache

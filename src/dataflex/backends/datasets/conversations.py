@@ -17,7 +17,6 @@ from dataflex.backends.datasets.cells import text_of, text_or_none
 from dataflex.backends.datasets.rendering import ChatFormat, Message, chat_format
 from dataflex.backends.datasets.spec import FIELDS, IGNORED, DatasetSpec
 from dataflex.errors import listing
-from dataflex.utils.logging import warn_once
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -80,6 +79,14 @@ class Conversation:
     @property
     def messages(self) -> list[Message]:
         return [turn.message for turn in self.turns]
+
+
+NOTES: dict[str, None] = {}
+"""What rows gave reason to say, each once: read after a batch, since rows are tokenised in other processes and kept for later runs."""
+
+
+def _note(message: str) -> None:
+    NOTES[message] = None
 
 
 def to_messages(row: Mapping[str, Any], spec: DatasetSpec, default_system: str | None = None) -> list[Message]:
@@ -200,7 +207,7 @@ def _encoded_text(row: Mapping[str, Any], spec: DatasetSpec, tokenizer: Any, *, 
         raise ValueError(f"column '{spec.columns['completion']}' is empty")
     end = tokenizer.eos_token or ""
     if not end:
-        warn_once("the tokenizer has no end-of-text token: the model will not learn to stop")
+        _note("the tokenizer has no end-of-text token: the model will not learn to stop")
     tokens = tokenizer(prompt + (completion if end and completion.endswith(end) else completion + end))["input_ids"]
     start = 0 if train_on_prompt else _common(tokens, tokenizer(prompt)["input_ids"])
     return tokens, [IGNORED] * start + tokens[start:]
@@ -295,7 +302,7 @@ def _unwritten(conversation: Conversation, style: ChatFormat, targets: Sequence[
                 continue
             earlier = number < last_question and style.writes_field(turn.role, name, followed=False, calls=calls)
             if name not in SAYING_FIELDS:
-                warn_once(f"'{name}' of messages of role {turn.role} is not read: the chat template does not write it")
+                _note(f"'{name}' of messages of role {turn.role} is not read: the chat template does not write it")
             elif not earlier:
                 yield name
             elif number in targets:  # earlier thoughts may be left out of the prompt, where generation leaves them out too, but not of a target
@@ -322,7 +329,7 @@ def _with_end(tokens: list[int], style: ChatFormat) -> list[int]:
     eos = style.tokenizer.eos_token_id
     if style.ending or eos is None:
         what = f"with {style.ending!r}, which is no special token of the tokenizer" if style.ending else "with no token, and there is no eos token"
-        warn_once(f"the chat template ends answers {what}: the model will not learn to stop. Make its end a special token and the eos token")
+        _note(f"the chat template ends answers {what}: the model will not learn to stop. Make its end a special token and the eos token")
         return tokens
     return [*tokens, eos]
 
@@ -333,7 +340,7 @@ def _with_marker(tokens: list[int], start: int, end: int, style: ChatFormat) -> 
         return end
     if end < len(tokens) and style.is_control(tokens[end]):
         return end + 1
-    warn_once("the chat template ends an answer that others follow with no token of its own: the model will not learn to stop there")
+    _note("the chat template ends an answer that others follow with no token of its own: the model will not learn to stop there")
     return end
 
 

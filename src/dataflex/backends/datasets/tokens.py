@@ -15,9 +15,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from tqdm.auto import tqdm
 
 from dataflex.backends.datasets import cache
+from dataflex.backends.datasets.conversations import NOTES
 from dataflex.backends.datasets.files import data_files, records
 from dataflex.backends.datasets.rows import reduced_row
 from dataflex.backends.datasets.spec import DOMAIN_ROLE, DatasetSpec
+from dataflex.utils.logging import warn_once
 
 if TYPE_CHECKING:
     import datasets
@@ -61,22 +63,27 @@ def tokens_of(spec: DatasetSpec, encode_row: EncodeRow, limits: Limits) -> datas
         cache.code_digest(),
     )
     renew = limits.renew and os.environ.get("LOCAL_RANK", "0") == "0"
-    path = cache.cached(key, lambda partial: _write(partial, spec, encode_row, limits), renew=renew)
+    path, notes = cache.cached(key, lambda partial: _write(partial, spec, encode_row, limits), renew=renew)
+    for note in notes:
+        warn_once(note)
     return Dataset.from_file(str(path), info=None)
 
 
-def _write(path: Path, spec: DatasetSpec, encode_row: EncodeRow, limits: Limits) -> None:
-    """Tokenise every row that is read, a batch at a time."""
+def _write(path: Path, spec: DatasetSpec, encode_row: EncodeRow, limits: Limits) -> list[str]:
+    """Tokenise every row that is read, a batch at a time; what there is to say about them."""
     import pyarrow as pa
 
     rows = islice(_read(spec), limits.rows_of(spec))
     batches = iter(lambda: list(islice(rows, _BATCH)), [])
     function = partial(encode_row.function, spec=spec, domain_id=0, tokenizer=encode_row.tokenizer, **encode_row.options)
     progress = tqdm(desc=f"Tokenising {spec.name}", unit="row", disable=None, leave=False)
+    notes: dict[str, None] = {}
     with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_stream(sink, _schema()) as writer, progress:
-        for batch in _in_processes(partial(_encode_batch, function), batches, limits.num_proc):
+        for batch, said in _in_processes(partial(_encode_batch, function), batches, limits.num_proc):
             writer.write_batch(batch)
+            notes |= dict.fromkeys(said)
             progress.update(len(batch))
+    return list(notes)
 
 
 class _Row(NamedTuple):
@@ -104,9 +111,10 @@ def _schema() -> pyarrow.Schema:
     return pa.schema(columns.items())
 
 
-def _encode_batch(function: Callable[..., dict[str, Any]], rows: list[_Row]) -> pyarrow.RecordBatch:
+def _encode_batch(function: Callable[..., dict[str, Any]], rows: list[_Row]) -> tuple[pyarrow.RecordBatch, list[str]]:
     import pyarrow as pa
 
+    NOTES.clear()
     encoded = [function(row.columns) for row in rows]
     spec: DatasetSpec = function.keywords["spec"]  # type: ignore[attr-defined]
     domain = spec.columns.get(DOMAIN_ROLE)
@@ -119,7 +127,7 @@ def _encode_batch(function: Callable[..., dict[str, Any]], rows: list[_Row]) -> 
         pa.array([row.id for row in rows], pa.string()),
         pa.array([row.columns[domain] if domain else None for row in rows], pa.string()),
     ]
-    return pa.RecordBatch.from_arrays(columns, schema=_schema())
+    return pa.RecordBatch.from_arrays(columns, schema=_schema()), list(NOTES)
 
 
 def _in_processes(function: Callable[[Any], Any], items: Iterator[Any], processes: int | None) -> Iterator[Any]:
