@@ -44,8 +44,7 @@ def tokenizer_digest(tokenizer: Any) -> str:
     """Of what decides the tokens of a text."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is not None:
-        content = json.loads(backend.to_str())
-        content.pop("truncation", None), content.pop("padding", None)  # of the last call
+        content = backend.to_str().partition('"added_tokens"')[2]  # before it stand truncation and padding, which are of the last call
     else:
         content = [sorted(tokenizer.get_vocab().items()), {k: str(v) for k, v in sorted(tokenizer.init_kwargs.items())}]
     special = {name: str(value) for name, value in sorted(tokenizer.special_tokens_map.items())}
