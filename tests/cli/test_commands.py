@@ -103,12 +103,13 @@ def test_validate_prints_the_plan_and_writes_nothing(tmp_path, recwarn):
     result = run_cli("validate", "config.yaml", "component_params.scope=window")
     assert (result.exit_code, result.stderr, listing(tmp_path)) == (0, "", before)
     lines = [line.strip() for line in result.stdout.splitlines()]
-    assert lines[-1] == "The file is valid. Nothing was written."
+    assert lines[-1] == "The file is valid. Nothing else was written."
     plan = dict(line.split("  ", 1) for line in lines[:-1])
+    assert plan.pop("tokenised rows").startswith(" kept for training in ")
     assert {name: value.strip() for name, value in plan.items()} == {
         "model": "model, full, stage sft",
         "data": "rows: 12 rows",
-        "evaluation data": "held_out",
+        "evaluation data": "held_out: 3 rows",
         "samples per step": "8 (1 process)",
         "optimizer steps": "3, 2.0 passes over the data",
         "train type": "dynamic_weight, loss (strategy=linupper, delta=1.0, r=1.0, scope=window)",
@@ -126,10 +127,10 @@ def test_validate_prints_the_plan_and_writes_nothing(tmp_path, recwarn):
         ({"train_step": 0, "num_train_epochs": 2}, "optimizer steps   6, 2.0 passes over the data"),
         ({"train_step": 0, "max_steps": 5}, "optimizer steps   5, 1.7 passes over the data"),
         ({"train_step": 0, "num_train_epochs": 0.5}, "optimizer steps   2, 0.7 passes over the data"),
-        ({"train_step": 0, "num_train_epochs": 2, "packing": True}, "optimizer steps   at most 6, 2.0 passes over the data"),
+        ({"train_step": 0, "num_train_epochs": 2, "packing": True}, "optimizer steps   2, 2.7 passes over the data"),
         ({"train_step": 0, "num_train_epochs": 1, "warmup_step": 3}, "warning           warmup_step 3 leaves no step to weight"),
-        ({"val_size": 4}, "evaluation data   4 rows of the above"),
-        ({"val_size": 0.25}, "data              rows: 9 rows"),
+        ({"val_size": 4}, "evaluation data   4 rows of the above, held out"),
+        ({"val_size": 0.25}, "data              rows: 9 rows to train on, of 12"),
         ({"train_type": "static"}, "train type        static: the backend's own training"),
         ({"component_name": "adapt", "eval_dataset": "held_out"}, "extra cost        "),
     ],

@@ -95,12 +95,12 @@ def plan(folder, *overrides, **changes):
             "1 selection, at step 0",
             "5: 0 at random in warm-up, 5 selected; at most 42% of the rows are seen",
         ),
-        # How many rows packing makes is not known, and stages do not depend on it.
+        # Packing makes 3 rows of 12; stages do not depend on it.
         (
-            {"warmup_step": 1, "update_times": 2, "num_train_epochs": 2, "packing": True},
-            "6",
+            {"warmup_step": 1, "update_times": 2, "num_train_epochs": 2, "packing": True, "per_device_train_batch_size": 1},
+            "6, 2.0 passes over the data",
             "4 selections, at steps 1, 2, 4, 5; 2 stages",
-            "24: 8 at random in warm-up, 16 selected",
+            "6: 2 at random in warm-up, 4 selected; at most 100% of the rows are seen",
         ),
     ],
 )
@@ -111,8 +111,8 @@ def test_boundaries_and_samples(folder, changes, steps, boundaries, drawn):
 
 
 def test_boundaries_of_packed_rows_without_end(folder):
-    found = plan(folder, update_times=-1, packing=True)
-    assert found["boundaries"] == "until training ends; counted once the rows are tokenised" and "optimizer steps" not in found
+    found = plan(folder, update_times=-1, packing=True, per_device_train_batch_size=2)
+    assert found["boundaries"] == "2 selections, at steps 0, 1" and found["data"] == "rows: 3 packed rows to train on, of 12"
 
 
 def test_more_processes_take_more_samples(folder, monkeypatch):
@@ -164,9 +164,9 @@ def test_a_result_made_before_costs_nothing(folder, component):
     assert plan(folder, component_name=component, component_params={"file": "made.safetensors"})["extra cost"] == FREE
 
 
-def test_cost_per_row_where_rows_are_not_counted(folder):
-    found = plan(folder, component_name="cluster_less", eval_dataset="held_out", packing=True)
-    assert found["extra cost"] == "for each row 0.0625 forward and backward passes at each selection and 1 forward at the first"
+def test_cost_of_packed_rows(folder):
+    found = plan(folder, component_name="less", eval_dataset="held_out", packing=True)
+    assert found["extra cost"] == "5 rows forward and backward"  # 3 for training, once; 1 for evaluation, twice
 
 
 class Meter:
@@ -221,7 +221,7 @@ def test_the_cost_is_what_a_run_pays(folder, monkeypatch, component, params, cos
         ({"update_step": 4}, ["an interval takes 16 samples and there are 12 rows: rows are repeated"]),
         ({"update_step": 9, "train_step": 3}, []),  # cut short by the end of training
         ({"warmup_step": 4}, ["an interval takes 16 samples and there are 12 rows: rows are repeated"]),
-        ({"update_step": 9, "packing": True}, []),  # not known
+        ({"update_step": 9, "packing": True}, ["an interval takes 36 samples and there are 3 rows: rows are repeated"]),
     ],
 )
 def test_warnings(folder, changes, warnings):

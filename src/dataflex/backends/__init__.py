@@ -21,6 +21,8 @@ from typing import NamedTuple
 from dataflex.configs.schema import DataflexConfig
 from dataflex.errors import ConfigError, Problem
 
+TOKENISED = "tokenised rows"  # the line of a plan that says where they were written
+
 REQUIRES = {"trl": ("trl", "peft", "datasets"), "llamafactory": ("llamafactory",)}
 
 

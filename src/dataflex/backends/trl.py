@@ -58,7 +58,7 @@ def training_arguments(keys: dict[str, Any], options: TrlOptions | None, run: Ru
         values.setdefault("metric_for_best_model", "loss")
     if run.dataflex.train_step:
         values["max_steps"] = run.dataflex.train_step
-    packing = options.stage == "sft" and bool(options.packing or options.neat_packing)
+    packing = packs_conversations(options)
     return SFTConfig(**values, max_length=options.cutoff_len, packing=packing, dataset_kwargs={"skip_prepare_dataset": True})
 
 
@@ -119,7 +119,7 @@ def _assembled(run: RunFile, prepared: Checked, args: SFTConfig) -> tuple[Any, E
 
     tokenizer = load_tokenizer(prepared.options, run)
     with run.locating():
-        train_data, eval_data = load_data(prepared, tokenizer, args)
+        train_data, eval_data = load_data(prepared, tokenizer)
         set_seed(args.seed)
         return make_trainer(run, prepared.options, args, tokenizer, train_data, eval_data), train_data
 
@@ -247,31 +247,39 @@ def _freeze(model: Any, options: TrlOptions) -> None:
         parameter.requires_grad_(extra or any(part in f".{name}" for part in wanted))
 
 
-def load_data(prepared: Checked, tokenizer: Any, args: SFTConfig) -> tuple[Encoded, Any]:
+def load_data(prepared: Checked, tokenizer: Any) -> tuple[Encoded, Any]:
     """Tokenised training data, and evaluation data: one data set, one per name, or None."""
     options = prepared.options
     data, evaluation = _encode(prepared.train, options, tokenizer), None
     if options.val_size:
-        data, evaluation = _split(data, options.val_size, args.seed)
+        data, evaluation = _split(data, options.val_size, int(prepared.trainer_keys.get("seed", 42)))
     elif prepared.evaluation and options.eval_on_each_dataset:
-        evaluation = {spec.name: _packed(_encode([spec], options, tokenizer).dataset, args) for spec in prepared.evaluation}
-        return dataclasses.replace(data, dataset=_packed(data.dataset, args)), _without_numbers(evaluation)
+        evaluation = {spec.name: _encode([spec], options, tokenizer).dataset for spec in prepared.evaluation}
     elif prepared.evaluation:
         evaluation = _encode(prepared.evaluation, options, tokenizer).dataset
-    data = dataclasses.replace(data, dataset=_packed(data.dataset, args))
-    return data, None if evaluation is None else _without_numbers(_packed(evaluation, args))
+    return dataclasses.replace(data, dataset=_packed(data.dataset, prepared)), _for_evaluation(evaluation, prepared)
 
 
-def _packed(rows: Dataset, args: SFTConfig) -> Dataset:
+def _for_evaluation(data: Any, prepared: Checked) -> Any:
+    """Rows to evaluate on; nobody asks for their numbers."""
+    if isinstance(data, dict):
+        return {name: _for_evaluation(part, prepared) for name, part in data.items()}
+    return None if data is None else _packed(data, prepared).remove_columns(ROW_COLUMN)
+
+
+def packs_conversations(options: TrlOptions) -> bool:
+    """Whether several conversations share a row, as SFTTrainer packs them."""
+    return options.stage == "sft" and bool(options.packing or options.neat_packing)
+
+
+def _packed(rows: Dataset, prepared: Checked) -> Dataset:
     """Rows as SFTTrainer would pack them, which forgets whose they are."""
-    return pack_conversations(rows, args.max_length, args.packing_strategy) if args.packing else rows
+    from trl import SFTConfig
 
-
-def _without_numbers(evaluation: Any) -> Any:
-    """Nobody asks for the numbers of evaluation rows."""
-    if isinstance(evaluation, dict):
-        return {name: _without_numbers(part) for name, part in evaluation.items()}
-    return evaluation.remove_columns(ROW_COLUMN)
+    if not packs_conversations(prepared.options):
+        return rows
+    default = next(field.default for field in dataclasses.fields(SFTConfig) if field.name == "packing_strategy")
+    return pack_conversations(rows, prepared.options.cutoff_len, prepared.trainer_keys.get("packing_strategy", default))
 
 
 def _encode(specs: list[DatasetSpec], options: TrlOptions, tokenizer: Any) -> Encoded:

@@ -14,7 +14,8 @@ from typing import Any
 import numpy as np
 from pydantic import TypeAdapter, ValidationError
 
-from dataflex.backends import Sizes
+from dataflex.backends import TOKENISED, Sizes
+from dataflex.backends.datasets.cache import cache_folder
 from dataflex.backends.datasets.find import find_datasets
 from dataflex.backends.datasets.rows import load_rows
 from dataflex.backends.datasets.spec import DOMAIN_ROLE, DatasetSpec
@@ -388,12 +389,11 @@ def _steps(rows: int, batch: int, keys: dict[str, Any]) -> int:
 
 def summary(run: RunFile, checked: Checked) -> tuple[list[tuple[str, str]], Sizes]:
     """What the run will do, and its sizes."""
-    from dataflex.backends.trl import load_data, load_tokenizer, training_arguments
+    from dataflex.backends.trl import load_data, load_tokenizer
 
     config, keys, options = run.dataflex, checked.trainer_keys, checked.options
     with run.locating():
-        args = training_arguments(keys, options, run)
-        data, evaluation = load_data(checked, load_tokenizer(options, run), args)
+        data, evaluation = load_data(checked, load_tokenizer(options, run))
     rows, eval_rows = len(data.dataset), _number_of_rows(evaluation)
     world = planned_processes()
     batch = keys.get("per_device_train_batch_size", 8) * keys.get("gradient_accumulation_steps", 1) * world
@@ -413,6 +413,7 @@ def summary(run: RunFile, checked: Checked) -> tuple[list[tuple[str, str]], Size
         ("evaluation data", named if options.eval_dataset else held_out),
         ("samples per step", f"{batch} ({world} process{'es' if world > 1 else ''})"),
         ("warmup_steps", f"{warmup} (learning rate; not the same as warmup_step)"),
+        (TOKENISED, f"kept for training in {cache_folder()}"),
     ]
     return lines, Sizes(
         rows=rows,

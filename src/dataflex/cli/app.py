@@ -49,7 +49,10 @@ def validate(
     no_plugins: Annotated[bool, typer.Option("--no-plugins", help="Do not run the code under `plugins`, nor that of installed plugins.")] = False,
     debug: Debug = False,
 ) -> None:
-    """Check a YAML file and print what it would do, without loading the model or writing anything. Plugins are run, to know their components."""
+    """Check a YAML file and print what it would do, without loading the model or writing anything but tokenised rows.
+
+    Plugins are run, to know their components.
+    """
     guarded(lambda: _validate(config, overrides or [], plugins=not no_plugins), debug)
 
 

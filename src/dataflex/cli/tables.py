@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from dataflex.backends import TOKENISED
 from dataflex.configs.components import components_path
 from dataflex.configs.schema import COMPONENT_BUCKETS, PACKAGED_COMPONENTS, DataflexConfig
 from dataflex.configs.secrets import redacted
@@ -29,7 +30,8 @@ def print_plan(lines: list[tuple[str, str]]) -> None:
     for name, value in lines:
         table.add_row(Text(one_line(name), "bold"), Text(one_line(redacted(value))))  # Text: square brackets are no markup here
     _console().print(table)
-    typer.echo("The file is valid. Nothing was written.")
+    kept = any(name == TOKENISED for name, _ in lines)
+    typer.echo(f"The file is valid. Nothing {'else ' if kept else ''}was written.")
 
 
 def print_components(components_cfg_file: str | None, plugins: list[str]) -> None:
