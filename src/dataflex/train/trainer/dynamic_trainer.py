@@ -34,7 +34,7 @@ from dataflex.train.trainer import hosts
 from dataflex.train.trainer.metrics import BoundaryMetrics, WeightMetrics
 from dataflex.train.trainer.preemption import SaveOnSigterm
 from dataflex.train.trainer.run_state import RunState
-from dataflex.utils.distributed import gather_rows, set_timeout
+from dataflex.utils.distributed import gather_rows, set_timeout, waiting
 from dataflex.utils.logging import logger
 from dataflex.utils.seeding import derive_seed, isolated_rng
 
@@ -353,7 +353,8 @@ class DynamicTrainer(Trainer):
             self.args.ignore_data_skip = False  # skipping is free here, and without it the host counts epochs anew
         elif hasattr(self.component, "load_state_dict"):
             self.component.load_state_dict(copy.deepcopy(self._dataflex.first_state))  # a second call starts like the first
-        return super().train(str(self._dataflex.resume) if self._dataflex.resume else None, *args, **kwargs)
+        with waiting("the gradients, or another exchange of the host's,"):
+            return super().train(str(self._dataflex.resume) if self._dataflex.resume else None, *args, **kwargs)
 
     def _resolve_checkpoint(self, requested: str | bool | None) -> Path | None:
         if not requested:
