@@ -240,6 +240,8 @@ def test_a_partial_in_a_class_is_an_override(tmp_path):
 def test_a_method_exchanged_in_a_known_class_is_an_override(tmp_path, monkeypatch):
     original = Trainer.training_step
     monkeypatch.setattr(Trainer, "training_step", lambda self, *args, **kwargs: original(self, *args, **kwargs))
+    build("weight", Trainer, tmp_path)  # a wrapper
+    monkeypatch.setattr(Trainer, "training_step", lambda self, model, inputs, num_items_in_batch=None: model(**inputs).loss)
     with pytest.raises(ConfigError, match="the training_step of Trainer, put there by test_hosts"):
         build("weight", Trainer, tmp_path)
 
