@@ -48,10 +48,10 @@ def refused(kind: str, host: type[Trainer]) -> list[str]:
     return hosts.unsupported_methods(mixin.over(host), sampler=mixin._orders_rows, loss=mixin._builds_loss)
 
 
-def build(kind: str, host: type[Trainer], out, *, algorithm: str | None = None, component=None, use_cpu: bool = True, **changes):
+def build(kind: str, host: type[Trainer], out, *, algorithm: str | None = None, component=None, **changes):
     data = datasets.Dataset.from_list([{**row, "domain_id": number % 2} for number, row in enumerate(tiny_rows(8))])
     common = {"max_steps": 2, "per_device_train_batch_size": 2, "report_to": "none", "disable_tqdm": True, "save_strategy": "no"}
-    args = TrainingArguments(str(out), use_cpu=use_cpu, **common)
+    args = TrainingArguments(str(out), use_cpu=True, **common)
     dataflex = {} if kind == "weight" else {"update_step": 1, "update_times": -1}
     dataflex |= {} if component else {"component_name": algorithm or ALGORITHM[kind]}
     common = {"model": tiny_model(), "args": args, "train_dataset": data, "data_collator": pad_collator}
@@ -240,6 +240,8 @@ def test_a_partial_in_a_class_is_an_override(tmp_path):
 def test_a_method_exchanged_in_a_known_class_is_an_override(tmp_path, monkeypatch):
     original = Trainer.training_step
     monkeypatch.setattr(Trainer, "training_step", lambda self, *args, **kwargs: original(self, *args, **kwargs))
+    build("weight", Trainer, tmp_path)  # a wrapper
+    monkeypatch.setattr(Trainer, "training_step", lambda self, model, inputs, num_items_in_batch=None: model(**inputs).loss)
     with pytest.raises(ConfigError, match="the training_step of Trainer, put there by test_hosts"):
         build("weight", Trainer, tmp_path)
 
@@ -307,7 +309,7 @@ def test_a_host_with_attributes_that_dataflex_needs_is_refused(name):
         WeightTrainer.over(type("Mine", (Trainer,), {name: 1}))
 
     with pytest.raises(ConfigError, match=f"attributes of its own that DataFlex needs: {name}"):
-        type("Direct", (WeightTrainer, type("Mine", (Trainer,), {name: 1})), {})(dataflex={})
+        type("Direct", (WeightTrainer, type("Mine", (Trainer,), {name: 1})), {})(dataflex={"component_name": "loss"})
 
     code = f"class Mine(Trainer):\n def __init__(self, *args):\n  super().__init__(*args)\n  self.{name} = 0"
     scope = {"Trainer": Trainer}
@@ -348,7 +350,8 @@ def test_trying_a_batch_draws_no_random_number(tmp_path, host):
 
 
 def test_processes_that_do_not_know_of_each_other_are_refused(tmp_path, monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    for kind in MIXINS:
+    trainers = [build(kind, Trainer, tmp_path / kind) for kind in MIXINS]
+    monkeypatch.setenv("WORLD_SIZE", "2")  # now, since accelerate would try to reach the other process
+    for trainer in trainers:
         with pytest.raises(ConfigError, match=r"WORLD_SIZE=2, while this Trainer runs in one process.* set use_cpu to true"):
-            build(kind, Trainer, tmp_path, use_cpu=False)
+            trainer.train()

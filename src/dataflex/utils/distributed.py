@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import os
+import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,8 +16,9 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from dataflex.errors import TrainingError
+from dataflex.errors import DataflexError, TrainingError
 
+_FROM_AFAR = re.compile(r"gloo|nccl|timed? ?out|connection (closed|reset)|pair closure", re.IGNORECASE)  # how libraries word it
 _timeout = timedelta(seconds=1800)
 
 
@@ -81,8 +83,8 @@ def _cpu_group() -> Any:
 
 
 @contextmanager
-def _waiting(what: str) -> Iterator[None]:
-    """Say who waited for what when the others do not come.
+def waiting(what: str) -> Iterator[None]:
+    """Say who waited for what when the others do not come; errors of another kind pass.
 
     Raises:
         TrainingError: another rank is late, or has ended.
@@ -90,7 +92,9 @@ def _waiting(what: str) -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        text = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        if world_size() == 1 or isinstance(error, DataflexError) or not _FROM_AFAR.search(str(error)):
+            raise
+        text = str(error).strip().splitlines()[0]
         late = "timed out" in text.lower() or "timeout" in text.lower()
         why = f"did not come within ddp_timeout ({_timeout.total_seconds():g} s)" if late else "ended, or failed"
         raise TrainingError(f"rank {rank()} waited for {what} of the other ranks, and one of them {why}: {text}") from error
@@ -105,7 +109,7 @@ def gather_rows(row: torch.Tensor, what: str = "the values") -> torch.Tensor:
     if world_size() == 1:
         return row[None]
     rows = [torch.empty_like(row) for _ in range(world_size())]
-    with _waiting(what):
+    with waiting(what):
         dist.all_gather(rows, row.contiguous(), group=_cpu_group())
     return torch.stack(rows)
 
@@ -123,7 +127,7 @@ def gather_ragged(part: torch.Tensor, lengths: list[int], what: str = "the value
     padded = part.new_zeros((max(lengths), *part.shape[1:]))
     padded[: len(part)] = part
     parts = [torch.empty_like(padded) for _ in lengths]
-    with _waiting(what):
+    with waiting(what):
         dist.all_gather(parts, padded, group=_cpu_group() if part.device.type == "cpu" else None)
     return torch.cat([rows[:length] for rows, length in zip(parts, lengths, strict=True)])
 
@@ -138,7 +142,7 @@ def broadcast_array(values: np.ndarray, what: str = "the decision") -> np.ndarra
         return values
     length = torch.tensor([len(values)])
     own = torch.from_numpy(np.ascontiguousarray(values))
-    with _waiting(what):
+    with waiting(what):
         dist.broadcast(length, src=0, group=_cpu_group())
         received = own if rank() == 0 else own.new_empty(int(length))
         dist.broadcast(received, src=0, group=_cpu_group())
@@ -154,7 +158,7 @@ def sum_over_ranks(value: torch.Tensor, what: str = "the sums") -> torch.Tensor:
     if world_size() == 1:
         return value
     parts = [torch.empty_like(value) for _ in range(world_size())]
-    with _waiting(what):
+    with waiting(what):
         dist.all_gather(parts, value.contiguous())
     return torch.stack(parts).sum(0)
 

@@ -28,7 +28,7 @@ from dataflex.train.trainer import course, hosts
 from dataflex.train.trainer.finished import RunFinished, forget_finished, read_finished
 from dataflex.train.trainer.preemption import SaveOnSigterm
 from dataflex.train.trainer.run_state import RunState
-from dataflex.utils.distributed import gather_objects, gather_rows, set_timeout, unconnected
+from dataflex.utils.distributed import gather_objects, gather_rows, set_timeout, unconnected, waiting
 from dataflex.utils.logging import logger
 
 
@@ -72,7 +72,7 @@ class CheckpointedTrainer(Trainer):
                 self._leave_if_finished()
             if self.is_world_process_zero():
                 forget_finished(self.args.output_dir)
-            with self._as_one_run():
+            with self._as_one_run(), waiting("the gradients, or another exchange of the host's,"):
                 result = super().train(str(run.resume) if run.resume else None, *args, **kwargs)
             check_still_there(self.args.output_dir)
             self._after_training()

@@ -62,7 +62,7 @@ def _name(cls: type) -> str:
 def overrides(host: type[Trainer], names: Iterable[str]) -> dict[str, list[str]]:
     """Which of the methods `names` a class and its ancestors define beyond the hosts that are known, by the name of the class that does.
 
-    A known class counts as another one where its method was exchanged for one of another module. A class in front of DataFlex may add to
+    A known class counts as another one where its method was exchanged for one that does not hand on to it. A class in front of DataFlex may add to
     what DataFlex does, by handing on to it.
     """
     found: dict[str, list[str]] = {}
@@ -76,7 +76,7 @@ def overrides(host: type[Trainer], names: Iterable[str]) -> dict[str, list[str]]
                 continue
             if not known:
                 found.setdefault(f"{cls.__name__} ({cls.__module__})", []).append(name)
-            elif method.__module__ != cls.__module__:
+            elif _exchanged(method, cls, name):
                 found.setdefault(f"{cls.__name__}, put there by {method.__module__}", []).append(name)
     return found
 
@@ -88,10 +88,20 @@ def _set_on_object(trainer: Any, names: Iterable[str]) -> dict[str, list[str]]:
 
 
 def _wraps(function: Any, trainer: Any, name: str) -> bool:
-    """Whether a function holds the trainer's own method: in its closure, as what it wraps, or as an argument bound to it."""
-    held = [getattr(function, "__wrapped__", None), getattr(function, "func", None), *getattr(function, "args", ())]
-    held += [cell.cell_contents for cell in getattr(function, "__closure__", None) or () if cell != CellType()]
-    return any(getattr(method, "__self__", None) is trainer and getattr(method, "__name__", "") == name for method in held)
+    """Whether a function holds on to the trainer's own method."""
+    return any(getattr(method, "__self__", None) is trainer and getattr(method, "__name__", "") == name for method in _held(function))
+
+
+def _held(function: Any) -> Iterator[Any]:
+    """What a function keeps of others: what it wraps, what is bound to it, and its closure."""
+    yield from (getattr(function, "__wrapped__", None), getattr(function, "func", None), *getattr(function, "args", ()))
+    yield from (cell.cell_contents for cell in getattr(function, "__closure__", None) or () if cell != CellType())
+
+
+def _exchanged(method: Any, cls: type, name: str) -> bool:
+    """Whether a class's method is one of another module that does not hold on to the class's own."""
+    held = (method, *_held(method))
+    return not any(getattr(part, "__module__", "") == cls.__module__ and getattr(part, "__name__", "") == name for part in held)
 
 
 def _hands_on(method: Any, name: str) -> bool:

@@ -208,15 +208,21 @@ def losses_from_logits(
     auxiliary = outputs.get("aux_loss") if isinstance(outputs, dict) else None
     auxiliary = None if auxiliary is None or not router_coefficient else router_coefficient * auxiliary
     if projected:
-        logits, plain = logits[0], lambda: F.cross_entropy(at_least_fp32(logits), targets, reduction="none")
-        values = F.cross_entropy(at_least_fp32(logits), targets, label_smoothing=smoothing, reduction="none") if smoothing else None
-        values = _TargetCrossEntropy.apply(logits, targets) if values is None else values
-        return TokenLosses(values, torch.arange(meta.num_targets, device=device), auxiliary=auxiliary, plain=plain if smoothing else None)
+        flat = logits[0]
+        values = F.cross_entropy(at_least_fp32(flat), targets, label_smoothing=smoothing, reduction="none") if smoothing else None
+        values = _TargetCrossEntropy.apply(flat, targets) if values is None else values
+        plain = _plain_cross_entropies(flat, targets) if smoothing else None
+        return TokenLosses(values, torch.arange(meta.num_targets, device=device), auxiliary=auxiliary, plain=plain)
     labels, index = _full_labels(logits, meta, targets)
     flat = at_least_fp32(logits).flatten(0, 1)
     values = F.cross_entropy(flat, labels, reduction="none", label_smoothing=smoothing)
-    plain = (lambda: F.cross_entropy(flat[index], targets, reduction="none")) if smoothing else None
+    plain = _plain_cross_entropies(flat, targets, index) if smoothing else None
     return TokenLosses(values, index, total=lambda summands: _sum_as_cross_entropy(summands, labels), auxiliary=auxiliary, plain=plain)
+
+
+def _plain_cross_entropies(logits: torch.Tensor, targets: torch.Tensor, index: torch.Tensor | None = None) -> Callable[[], torch.Tensor]:
+    """What gives the unsmoothed losses (N,) of the targets, if somebody asks: from logits (N, V), or from rows `index` of more."""
+    return lambda: F.cross_entropy(at_least_fp32(logits if index is None else logits[index]), targets, reduction="none")
 
 
 @contextmanager
