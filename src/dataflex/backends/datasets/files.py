@@ -89,6 +89,8 @@ def parse_json(text: str, path: Path, key: str, first_line: int = 1) -> Any:
         raise ConfigError(Problem(place, key, f"is not valid JSON: {error.msg} (column {error.colno})")) from None
     except RecursionError:
         raise ConfigError(Problem(f"{path}:{first_line}", key, "is nested too deeply")) from None
+    except ValueError as error:  # Python reads no number of more than 4300 digits
+        raise ConfigError(Problem(f"{path}:{first_line}", key, f"holds a number that cannot be read: {error}")) from None
 
 
 def _json_records(path: Path, key: str) -> Iterator[tuple[str, Any]]:
