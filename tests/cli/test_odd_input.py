@@ -75,6 +75,8 @@ def test_overrides(folder, override, message):
         ("".join(f"k{n}: 1\n" for n in range(100_000)), "config.yaml: holds more than 10000 keys and values"),
         ("#" * 3_000_000, "config.yaml: cannot be read: it has more than 2,000,000 bytes"),
         ("a: ${b}\nb: ${a}\n", "a: "),
+        ("".join(f"a{n}: ${{a{n + 1}}}${{a{n + 1}}}\n" for n in range(40)) + "a40: xxxx\n", "a0: grows to more than 1,000,000 characters"),
+        ("".join(f"a{n}: {{x: '${{a{n + 1}}}', y: '${{a{n + 1}}}'}}\n" for n in range(40)) + "a40: xxxx\n", "a0.x: grows to more than 1,000,000"),
     ],
     ids=lambda text: re.sub(r"\W+", " ", text[:20]),
 )

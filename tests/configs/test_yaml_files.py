@@ -2,7 +2,7 @@
 
 import pytest
 import yaml
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dataflex.configs.components import component_entry, component_params, components_path
@@ -61,6 +61,7 @@ leaves = st.none() | st.booleans() | st.integers(-9, 9) | st.text("ab ${}:#-", m
 values = st.recursive(leaves, lambda inner: st.dictionaries(keys, inner), max_leaves=8)
 
 
+@settings(deadline=None)  # other tests run beside this one
 @given(st.dictionaries(keys, values))
 def test_whatever_is_written_is_read_back_or_refused_in_words(tmp_path_factory, content):
     path = written(tmp_path_factory.mktemp("yaml"), yaml.safe_dump(content))

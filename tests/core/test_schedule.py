@@ -54,3 +54,21 @@ def test_intervals_cover_all_steps_once_and_are_found_from_any_of_them(warmup, u
             assert schedule.interval_at(step) == interval
     stage = schedule.stage_steps
     assert max(i.stage for i in intervals) == (0 if stage is None else math.ceil(total / stage) - 1)
+
+
+@given(st.integers(0, 6), st.integers(1, 5), st.integers(1, 4) | st.just(WITHOUT_END), st.integers(1, 60))
+def test_what_is_counted_is_what_there_is(warmup_step, update_step, update_times, total):
+    """The closed forms against the intervals one by one."""
+    schedule = Schedule(warmup_step, update_step, update_times, total)
+    intervals = list(schedule.intervals())
+    decisions = [interval for interval in intervals if not interval.is_warmup]
+    assert schedule.decisions == len(decisions)
+    assert [schedule.decision_step(k) for k in range(len(decisions))] == [interval.start for interval in decisions]
+    assert schedule.warmup_total == sum(interval.steps for interval in intervals if interval.is_warmup)
+    assert schedule.longest == max(interval.steps for interval in intervals)
+    assert schedule.stages == intervals[-1].stage + 1
+
+
+def test_counting_takes_no_time():
+    schedule = Schedule(10, 1, 3, 10**12)
+    assert schedule.decisions == 3 * (10**12 // 13) and schedule.decision_step(10**11) < 10**12

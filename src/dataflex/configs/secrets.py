@@ -35,10 +35,10 @@ class Credential(str):
         made.placeholder = placeholder
         return made
 
-    def __reduce__(self) -> tuple[type[str], tuple[str]]:  # type: ignore[override]
+    def __reduce__(self) -> tuple[type[str], tuple[str]]:
         return str, (self.placeholder,)
 
-    def __reduce_ex__(self, protocol: object) -> tuple[type[str], tuple[str]]:  # type: ignore[override]
+    def __reduce_ex__(self, protocol: object) -> tuple[type[str], tuple[str]]:
         return self.__reduce__()
 
     def __copy__(self) -> Credential:
@@ -119,7 +119,7 @@ def redacted(text: str) -> str:
             text = text.replace(value, _credentials[value])
     for value in sorted(_environment, key=len, reverse=True):
         if len(value) > 5:
-            text = re.sub(rf"(?<!\w){re.escape(value)}(?!\w)", lambda _, value=value: _environment[value], text)
+            text = re.sub(rf"(?<!\w){re.escape(value)}(?!\w)", _environment[value].replace("\\", r"\\"), text)
         elif value:
             text = text.replace(f"'{value}'", f"'{_environment[value]}'")
     return text

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,8 @@ COMMAND_LINE = "command line"  # the place of a problem with an override
 _MOST_BYTES = 2_000_000
 _MOST_VALUES = 10_000
 _MOST_LEVELS = 50
+_MOST_CHARACTERS = 1_000_000  # that references expand to
+_REFERENCE = re.compile(r"\$\{\s*([\w.]+)\s*\}")
 _SLOW_ABOVE = 100_000  # characters; PyYAML's own parser words errors better than the C one, and takes seconds for a longer text
 
 
@@ -66,6 +68,10 @@ def load_yaml(path: str | Path, substitute: Mapping[str, str] | None = None, ove
         merged = OmegaConf.merge(OmegaConf.create(dict(substitute or {})), loaded, changes)
     except Exception as error:
         raise ConfigError(Problem(COMMAND_LINE if overrides else str(path), "", f"cannot be merged: {_first_line(error)}")) from None
+    if key := _exploding(merged):
+        raise ConfigError(
+            Problem(str(path), key, f"grows to more than {_MOST_CHARACTERS:,} characters, since its references refer to others in turn")
+        )
     content = YamlContent({}, [], lines)
     for key in kept:
         name = str(key)
@@ -204,6 +210,31 @@ def _fails(action: Callable[[], object]) -> bool:
 
 def _value_error(error: Exception) -> str:
     return f"a value does not fit its tag ({type(error).__name__}: {_first_line(error)})"
+
+
+def _exploding(merged: Any) -> str:
+    """The first key whose references, followed, make more text than any setting has; an empty string if none does."""
+    texts = dict(_texts(OmegaConf.to_container(merged, resolve=False)))
+    sizes: dict[str, int] = {}
+
+    def size(key: str) -> int:
+        if key not in sizes:
+            sizes[key] = 0  # stands for a reference to itself, which is reported when it is resolved
+            inside = [texts[key]] if key in texts else [text for name, text in texts.items() if name.startswith(f"{key}.")]
+            sizes[key] = min(sum(len(text) + sum(map(size, _REFERENCE.findall(text))) for text in inside), 2 * _MOST_CHARACTERS)
+        return sizes[key]
+
+    referring = [key for key, text in texts.items() if "${" in text]
+    return next((key for key in referring if size(key) > _MOST_CHARACTERS), "")
+
+
+def _texts(values: Any, prefix: str = "") -> Iterator[tuple[str, str]]:
+    """(dotted key, text) of every value that is no collection."""
+    if isinstance(values, dict | list):
+        for name, value in values.items() if isinstance(values, dict) else enumerate(values):
+            yield from _texts(value, f"{prefix}.{name}" if prefix else str(name))
+    else:
+        yield prefix, values if isinstance(values, str) else ""
 
 
 def _overrides(items: Sequence[str]) -> DictConfig:

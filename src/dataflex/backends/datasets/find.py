@@ -210,7 +210,7 @@ def _entry_troubles(entry: Mapping[str, Any], stage: Stage) -> Iterator[str]:
     if not any(option in entry for option in REMOTE_KEYS) and not (isinstance(entry.get("file_name"), str) and entry["file_name"]):
         yield "file_name is missing; it names the data file, or a folder of them, relative to dataset_dir"
     number = entry.get("num_samples", 1)
-    if isinstance(number, bool) or not isinstance(number, int) or number < 1:
+    if isinstance(number, bool) or not isinstance(number, int) or not 1 <= number <= 10**12:
         yield f"num_samples must be a whole number above 0, got {number!r}"
     yield from _format_troubles(entry, stage)
 
