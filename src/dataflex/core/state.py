@@ -67,10 +67,11 @@ def load_state(checkpoint: str | Path) -> tuple[dict[str, Any], dict[str, torch.
 def checkpoint_folders(output_dir: str | Path) -> list[Path]:
     """All `checkpoint-N`, the highest number first."""
     found = [path for path in Path(output_dir).glob("checkpoint-*") if path.name.removeprefix("checkpoint-").isdecimal()]
-    return sorted(found, key=_number, reverse=True)
+    return sorted(found, key=checkpoint_number, reverse=True)
 
 
-def _number(checkpoint: Path) -> int:
+def checkpoint_number(checkpoint: Path) -> int:
+    """The step a checkpoint is of."""
     return int(checkpoint.name.removeprefix("checkpoint-"))
 
 
@@ -88,7 +89,7 @@ def newest_complete_checkpoint(
     """
     skipped = []
     names = agree([str(path) for path in checkpoint_folders(output_dir)])
-    for path in sorted(map(Path, names), key=_number, reverse=True):
+    for path in sorted(map(Path, names), key=checkpoint_number, reverse=True):
         flaws = agree(checkpoint_flaws(path, with_state=with_state, share=share))
         if not flaws:
             return path, skipped

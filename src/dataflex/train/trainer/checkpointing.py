@@ -213,6 +213,7 @@ class CheckpointedTrainer(Trainer):
         hosts.restore_logging_state(self, pending["loss"], pending["last_logged"])
         hosts.restore_host_state(self, pending["host"])
         self._total_loss_scalar = pending.get("total", self._total_loss_scalar)
+        self.model_wrapped.train(pending.get("training", True))  # some hosts log one thing or another by it
         last = self._dataflex.last_step = pending.get("last step")
         ended = last is None or last["epoch ended"]
         if self._nothing_left():
@@ -319,6 +320,7 @@ class CheckpointedTrainer(Trainer):
                 "total": float(self._total_loss_scalar),
                 "last_logged": logged["last_logged"],
                 "last step": last and {**last, **{name: _number(last[name]) for name in ("grad_norm", "learning_rate")}},
+                "training": self.model_wrapped.training,
                 "host": hosts.host_state(self),
             },
         }
