@@ -8,7 +8,7 @@ export HF_HUB_OFFLINE = 1
 LLAMAFACTORY_HASH = $(shell $(PYTHON) -c "import hashlib; print(hashlib.sha256(b''.join(open(f, 'rb').read() for f in ('constraints-llamafactory.txt', 'pyproject.toml'))).hexdigest()[:12])")
 LLAMAFACTORY_VENV ?= $(HOME)/.cache/dataflex/llamafactory-$(LLAMAFACTORY_HASH)
 
-.PHONY: demo test test-llamafactory check format docs clean
+.PHONY: demo test test-kill test-llamafactory check format docs clean
 
 $(VENV)/installed: pyproject.toml $(CONSTRAINTS)
 	$(PYTHON) -m venv $(VENV)
@@ -24,6 +24,11 @@ demo: $(VENV)/installed
 
 test: $(VENV)/installed-dev
 	$(VENV)/bin/python -m pytest
+
+# Runs that are killed, or whose checkpoint is damaged, and resumed; `tests/kill/campaign.py --kills 200` is the long form.
+test-kill: $(VENV)/installed-dev
+	OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(VENV)/bin/python tests/kill/campaign.py --kills 32
+	OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(VENV)/bin/python tests/kill/damage.py --every 5
 
 $(LLAMAFACTORY_VENV)/installed:
 	$(PYTHON) -m venv $(LLAMAFACTORY_VENV)

@@ -60,6 +60,17 @@ def test_a_finished_run_is_left_alone_and_one_without_its_final_files_is_finishe
     assert [again[name] for name in ("train_loss", "eval_loss", "epoch")] == [results[name] for name in ("train_loss", "eval_loss", "epoch")]
 
 
+def test_a_finished_run_with_a_damaged_checkpoint_gets_it_back(workspace):
+    write_config(workspace, **{**SAVING, **TYPES["static"]})
+    ok()
+    out = workspace / "out"
+    model, path = bits(out), out / "checkpoint-4" / "optimizer.pt"
+    path.write_bytes(path.read_bytes()[:100])
+    assert "checkpoint-4/optimizer.pt is damaged: it is cut off" in ok("resume_from_checkpoint=true").stderr
+    assert bits(out) == model
+    assert "this run is finished" in ok("resume_from_checkpoint=true").stderr
+
+
 def test_a_finished_run_whose_file_changed_goes_on(workspace):
     write_config(workspace, **SAVING)
     ok()

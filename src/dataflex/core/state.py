@@ -71,8 +71,9 @@ def checkpoint_folders(output_dir: str | Path) -> list[Path]:
 
 
 def checkpoint_number(checkpoint: Path) -> int:
-    """The step a checkpoint is of."""
-    return int(checkpoint.name.removeprefix("checkpoint-"))
+    """The step a checkpoint is of, -1 if its name does not say."""
+    number = checkpoint.name.removeprefix("checkpoint-")
+    return int(number) if number.isdecimal() else -1
 
 
 def newest_complete_checkpoint(
@@ -87,7 +88,7 @@ def newest_complete_checkpoint(
         share: the part of the files whose content is read and compared with the manifest; without it, names and sizes are.
         agree: joins what the ranks found out.
     """
-    skipped = []
+    skipped: list[str] = []
     names = agree([str(path) for path in checkpoint_folders(output_dir)])
     for path in sorted(map(Path, names), key=checkpoint_number, reverse=True):
         flaws = agree(checkpoint_flaws(path, with_state=with_state, share=share))

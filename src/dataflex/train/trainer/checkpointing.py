@@ -22,7 +22,7 @@ from transformers.trainer_utils import rotate_checkpoints
 
 from dataflex.core.lock import check_still_there, run_lock
 from dataflex.core.manifest import Share, describe, files_of, write_manifest
-from dataflex.core.state import checkpoint_flaws, is_verifiable, load_state, newest_complete_checkpoint, save_state
+from dataflex.core.state import checkpoint_flaws, checkpoint_number, is_verifiable, load_state, newest_complete_checkpoint, save_state
 from dataflex.errors import ResumeError, TrainingError
 from dataflex.train.trainer import course, hosts
 from dataflex.train.trainer.finished import RunFinished, forget_finished, read_finished
@@ -98,9 +98,11 @@ class CheckpointedTrainer(Trainer):
             self.args.eval_on_start = wanted
 
     def _leave_if_finished(self) -> None:
-        """Raise `RunFinished` if everything that this run would leave is there."""
-        found = read_finished(self.args.output_dir)
-        if found is not None and found["settings"] == self._settings_for_resume(super().get_train_dataloader().dataset):
+        """Raise `RunFinished` if all that this run would leave is there, and its newest checkpoint is the one to go on from."""
+        found, resume = read_finished(self.args.output_dir), self._dataflex.resume
+        if found is None or max(found["checkpoints"].values(), default=0) != checkpoint_number(resume):
+            return
+        if found["settings"] == self._settings_for_resume(super().get_train_dataloader().dataset):
             raise RunFinished(f"{self.args.output_dir}: this run is finished (step {found['global_step']}), so there is nothing to do")
 
     # ---------------------------------------------------------------- which checkpoint
