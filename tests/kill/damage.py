@@ -39,7 +39,7 @@ def main() -> int:
     every = options.parse_args().every
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        lab.prepare()
+        lab.prepare(folder)
         lab.make_folder(folder)
         tried, failed = _damage_all(folder, every)
     print(f"{tried} damages, each named and recovered from, except {len(failed)}: {failed}")
