@@ -8,7 +8,7 @@ export HF_HUB_OFFLINE = 1
 LLAMAFACTORY_HASH = $(shell $(PYTHON) -c "import hashlib; print(hashlib.sha256(b''.join(open(f, 'rb').read() for f in ('constraints-llamafactory.txt', 'pyproject.toml'))).hexdigest()[:12])")
 LLAMAFACTORY_VENV ?= $(HOME)/.cache/dataflex/llamafactory-$(LLAMAFACTORY_HASH)
 
-.PHONY: demo test test-all test-llamafactory check format docs clean
+.PHONY: demo test test-all test-kill test-llamafactory check format docs clean
 
 $(VENV)/installed: pyproject.toml $(CONSTRAINTS)
 	$(PYTHON) -m venv $(VENV)
@@ -25,10 +25,17 @@ demo: $(VENV)/installed
 test: $(VENV)/installed-dev
 	$(VENV)/bin/python -m pytest
 
-# Beyond `make test`: the tests that take minutes, and everything with LLaMA-Factory.
-test-all: $(VENV)/installed-dev
+# All that CI runs: `make check`, `make test`, the tests that take minutes, runs that are killed, and everything with LLaMA-Factory.
+test-all: check
+	$(MAKE) test
 	$(VENV)/bin/python -m pytest -m long
+	$(MAKE) test-kill
 	$(MAKE) test-llamafactory
+
+# Runs that are killed, or whose checkpoint is damaged, and resumed; `tests/kill/campaign.py --kills 200` is the long form.
+test-kill: $(VENV)/installed-dev
+	$(VENV)/bin/python tests/kill/campaign.py --kills 32
+	$(VENV)/bin/python tests/kill/damage.py --every 5
 
 $(LLAMAFACTORY_VENV)/installed:
 	$(PYTHON) -m venv $(LLAMAFACTORY_VENV)

@@ -88,7 +88,7 @@ def main() -> int:
     options.add_argument("--seed", type=int, default=0)
     given, begun = options.parse_args(), time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
-        lab.prepare()
+        lab.prepare(Path(folder))
         lab.make_folder(Path(folder))
         counts, failures = run(given.kills, given.seed, Path(folder))
     print(f"{given.kills} kills in {time.monotonic() - begun:.0f} seconds: {dict(counts)}; {len(failures)} failed")

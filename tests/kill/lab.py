@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 import yaml
 
+ALONE = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
 STEPS = 8
 COMMON: dict[str, Any] = {
     "model_name_or_path": "model",
@@ -56,8 +57,9 @@ _TIMES = ("runtime", "per_second", "seconds", "share_of_time", "flos")
 _WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT
 
 
-def prepare() -> None:
-    """Import all that a run needs."""
+def prepare(folder: Path) -> None:
+    """Import all that a run needs, before anything else imports it. Caches go into `folder`."""
+    os.environ.update(ALONE, HF_DATASETS_CACHE=str(folder / "datasets"))
     import peft  # noqa: F401
     import torch
     import trl  # noqa: F401

@@ -67,11 +67,13 @@ def load_state(checkpoint: str | Path) -> tuple[dict[str, Any], dict[str, torch.
 def checkpoint_folders(output_dir: str | Path) -> list[Path]:
     """All `checkpoint-N`, the highest number first."""
     found = [path for path in Path(output_dir).glob("checkpoint-*") if path.name.removeprefix("checkpoint-").isdecimal()]
-    return sorted(found, key=_number, reverse=True)
+    return sorted(found, key=checkpoint_number, reverse=True)
 
 
-def _number(checkpoint: Path) -> int:
-    return int(checkpoint.name.removeprefix("checkpoint-"))
+def checkpoint_number(checkpoint: Path) -> int:
+    """The step a checkpoint is of, -1 if its name does not say."""
+    number = checkpoint.name.removeprefix("checkpoint-")
+    return int(number) if number.isdecimal() else -1
 
 
 def newest_complete_checkpoint(
@@ -86,9 +88,9 @@ def newest_complete_checkpoint(
         share: the part of the files whose content is read and compared with the manifest; without it, names and sizes are.
         agree: joins what the ranks found out.
     """
-    skipped = []
+    skipped: list[str] = []
     names = agree([str(path) for path in checkpoint_folders(output_dir)])
-    for path in sorted(map(Path, names), key=_number, reverse=True):
+    for path in sorted(map(Path, names), key=checkpoint_number, reverse=True):
         flaws = agree(checkpoint_flaws(path, with_state=with_state, share=share))
         if not flaws:
             return path, skipped

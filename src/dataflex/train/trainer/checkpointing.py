@@ -22,7 +22,7 @@ from transformers.trainer_utils import rotate_checkpoints
 
 from dataflex.core.lock import check_still_there, run_lock
 from dataflex.core.manifest import Share, describe, files_of, write_manifest
-from dataflex.core.state import checkpoint_flaws, is_verifiable, load_state, newest_complete_checkpoint, save_state
+from dataflex.core.state import checkpoint_flaws, checkpoint_number, is_verifiable, load_state, newest_complete_checkpoint, save_state
 from dataflex.errors import ConfigError, Problem, ResumeError, TrainingError
 from dataflex.train.trainer import course, hosts
 from dataflex.train.trainer.finished import RunFinished, forget_finished, read_finished
@@ -109,9 +109,11 @@ class CheckpointedTrainer(Trainer):
             self.args.eval_on_start = wanted
 
     def _leave_if_finished(self) -> None:
-        """Raise `RunFinished` if everything that this run would leave is there."""
-        found = read_finished(self.args.output_dir)
-        if found is not None and found["settings"] == self._settings_for_resume(super().get_train_dataloader().dataset):
+        """Raise `RunFinished` if all that this run would leave is there, and its newest checkpoint is the one to go on from."""
+        found, resume = read_finished(self.args.output_dir), self._dataflex.resume
+        if found is None or max(found["checkpoints"].values(), default=0) != checkpoint_number(resume):
+            return
+        if found["settings"] == self._settings_for_resume(super().get_train_dataloader().dataset):
             raise RunFinished(f"{self.args.output_dir}: this run is finished (step {found['global_step']}), so there is nothing to do")
 
     # ---------------------------------------------------------------- which checkpoint
@@ -224,6 +226,7 @@ class CheckpointedTrainer(Trainer):
         hosts.restore_logging_state(self, pending["loss"], pending["last_logged"])
         hosts.restore_host_state(self, pending["host"])
         self._total_loss_scalar = pending.get("total", self._total_loss_scalar)
+        self.model_wrapped.train(pending.get("training", True))  # some hosts log one thing or another by it
         last = self._dataflex.last_step = pending.get("last step")
         ended = last is None or last["epoch ended"]
         if self._nothing_left():
@@ -330,6 +333,7 @@ class CheckpointedTrainer(Trainer):
                 "total": float(self._total_loss_scalar),
                 "last_logged": logged["last_logged"],
                 "last step": last and {**last, **{name: _number(last[name]) for name in ("grad_norm", "learning_rate")}},
+                "training": self.model_wrapped.training,
                 "host": hosts.host_state(self),
             },
         }

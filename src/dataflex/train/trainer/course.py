@@ -77,7 +77,7 @@ def _plain(value: Any) -> str:
 def hyperparameters(optimizer: Any, scheduler: Any) -> Hyperparameters:
     """Keep what `apply` will set."""
     groups = [{name: value for name, value in group.items() if name not in ("params", "lr")} for group in optimizer.param_groups]
-    return Hyperparameters(groups, list(scheduler.base_lrs) if isinstance(scheduler, LambdaLR) else None)
+    return Hyperparameters(groups, [float(rate) for rate in scheduler.base_lrs] if isinstance(scheduler, LambdaLR) else None)
 
 
 @torch.no_grad()

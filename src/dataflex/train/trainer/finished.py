@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from dataflex.core.state import checkpoint_folders, checkpoint_number
 from dataflex.utils.files import DamagedFile, read_sealed_json, write_sealed_json
 
 
@@ -28,8 +29,8 @@ def write_finished(trainer: Any) -> None:
     """Record that all is written that `trainer` was to leave in its folder."""
     if trainer.is_world_process_zero():
         folder = Path(trainer.args.output_dir)
-        files = {path.name: path.stat().st_size for path in folder.iterdir() if path.is_file()}
-        write_sealed_json(_path(folder), {"global_step": trainer.state.global_step, "settings": trainer._dataflex.settings, "files": files})
+        record = {"global_step": trainer.state.global_step, "settings": trainer._dataflex.settings, **_present(folder)}
+        write_sealed_json(_path(folder), record)
 
 
 def forget_finished(output_dir: str | Path) -> None:
@@ -38,10 +39,16 @@ def forget_finished(output_dir: str | Path) -> None:
 
 
 def read_finished(output_dir: str | Path) -> dict[str, Any] | None:
-    """What a finished run recorded, if all its files are there."""
+    """What a finished run recorded, if all its files and checkpoints are there: who deleted one wants it back."""
     try:
         found = read_sealed_json(_path(output_dir))
-        present = {name: (Path(output_dir) / name).stat().st_size for name in found["files"]}
-    except (OSError, DamagedFile, KeyError):
+    except (OSError, DamagedFile):
         return None
-    return found if "seal" in found and present == found["files"] else None
+    present = _present(Path(output_dir))
+    return found if "seal" in found and all(found[kind].items() <= present[kind].items() for kind in present) else None
+
+
+def _present(folder: Path) -> dict[str, dict[str, int]]:
+    """Size of every file in the folder, and the step of every checkpoint."""
+    files = {path.name: path.stat().st_size for path in folder.iterdir() if path.is_file()}
+    return {"files": files, "checkpoints": {path.name: checkpoint_number(path) for path in checkpoint_folders(folder)}}
