@@ -17,7 +17,7 @@ from dataflex.backends.trl_checks import Checked, check, model_path, resume_valu
 from dataflex.configs.loading import RunFile
 from dataflex.core.state import newest_complete_checkpoint
 from dataflex.errors import ConfigError, Problem, ResumeError
-from dataflex.utils.logging import logger
+from dataflex.utils.logging import logger, warn_once
 
 __all__ = ["check", "scoring_trainer", "summary", "train"]
 
@@ -141,6 +141,8 @@ def _fit(tokenizer: Any, options: TrlOptions) -> None:
     """Let the tokenizer know the tokens of a built-in template, and say what that changes."""
     before = tokenizer.eos_token
     new = fit_tokenizer(options.template, tokenizer)
+    if problem := chat_format(tokenizer).end_problem:
+        warn_once(problem)
     if tokenizer.eos_token != before:
         logger.info("template %s: the eos token is now %s, which ends its answers; it was %s", options.template, tokenizer.eos_token, before)
     if not new:

@@ -319,12 +319,9 @@ def _spans(conversation: Conversation, style: ChatFormat, targets: Sequence[int]
 
 def _with_end(tokens: list[int], style: ChatFormat) -> list[int]:
     """The tokens of a conversation whose last answer ends with no token of its own: as in LLaMA-Factory, eos is added if nothing was written."""
-    eos = style.tokenizer.eos_token_id
-    if style.ending or eos is None:
-        what = f"with {style.ending!r}, which is no special token of the tokenizer" if style.ending else "with no token, and there is no eos token"
-        warn_once(f"the chat template ends answers {what}: the model will not learn to stop. Make its end a special token and the eos token")
-        return tokens
-    return [*tokens, eos]
+    if style.end_problem:
+        warn_once(style.end_problem)
+    return tokens if style.ending or style.tokenizer.eos_token_id is None else [*tokens, style.tokenizer.eos_token_id]
 
 
 def _with_marker(tokens: list[int], start: int, end: int, style: ChatFormat) -> int:

@@ -135,6 +135,17 @@ class ChatFormat:
         return text.rpartition(_MARK)[2].strip() if text and _MARK in text else None
 
     @cached_property
+    def end_problem(self) -> str:
+        """Why a model that is trained with this template would not learn to stop, or an empty text."""
+        if self.ending and self._first_control(self.ending) is None:
+            what = f"with {self.ending!r}, which is no special token of the tokenizer"
+        elif not self.ending and self.tokenizer.eos_token_id is None:
+            what = "with no token, and there is no eos token"
+        else:
+            return ""
+        return f"the chat template ends answers {what}: the model will not learn to stop. Make their end a special token, and the eos token"
+
+    @cached_property
     def next_marker(self) -> int | None:
         """The special token that follows an answer when another question comes, such as GLM's `<|user|>`."""
         text = self._text(_QUESTION, {**_ANSWER, "content": _MARK}, _QUESTION)
@@ -158,7 +169,7 @@ class ChatFormat:
 
     def is_blank(self, token: int) -> bool:
         if token not in self._blank:
-            self._blank[token] = token not in self._control and not self.tokenizer.decode([token]).strip()
+            self._blank[token] = token not in self._control and not str(self.tokenizer.decode([token])).strip()
         return self._blank[token]
 
     def stops(self, tokens: Sequence[int]) -> bool:
