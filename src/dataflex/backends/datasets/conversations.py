@@ -318,10 +318,14 @@ def _spans(conversation: Conversation, style: ChatFormat, targets: Sequence[int]
 
 
 def _with_end(tokens: list[int], style: ChatFormat) -> list[int]:
-    """The tokens of a conversation whose last answer ends with no token of its own: as in LLaMA-Factory, eos is added if nothing was written."""
+    """The tokens of a conversation whose last answer ends with no token of its own: as in LLaMA-Factory, the eos token ends it.
+
+    Where the template always writes another end, which is ordinary text, it stays as it is and a warning says what that means.
+    """
     if style.end_problem:
         warn_once(style.end_problem)
-    return tokens if style.ending or style.tokenizer.eos_token_id is None else [*tokens, style.tokenizer.eos_token_id]
+        return tokens
+    return [*tokens, style.tokenizer.eos_token_id]
 
 
 def _with_marker(tokens: list[int], start: int, end: int, style: ChatFormat) -> int:

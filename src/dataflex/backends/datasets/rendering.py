@@ -137,7 +137,7 @@ class ChatFormat:
     @cached_property
     def end_problem(self) -> str:
         """Why a model that is trained with this template would not learn to stop, or an empty text."""
-        if self.ending and self._first_control(self.ending) is None:
+        if self.ending and not self._controls(self.ending):
             what = f"with {self.ending!r}, which is no special token of the tokenizer"
         elif not self.ending and self.tokenizer.eos_token_id is None:
             what = "with no token, and there is no eos token"
@@ -155,11 +155,15 @@ class ChatFormat:
     def stop_ids(self) -> list[int]:
         """Tokens that end an answer: the template's own, and the tokenizer's eos token."""
         eos = self.tokenizer.eos_token_id
-        written = self.tokenizer(self.ending or "", add_special_tokens=False)["input_ids"]
-        own = eos if eos in written else self._first_control(self.ending) if self.ending else self.next_marker
-        return [token for token in dict.fromkeys((eos, own)) if token is not None]
+        own = self._controls(self.ending)[:1] if self.ending else [self.next_marker]
+        return [token for token in dict.fromkeys((eos, *([] if eos in self._controls(self.ending or "") else own))) if token is not None]
+
+    def _controls(self, text: str) -> list[int]:
+        """The special tokens in a piece of what a template writes."""
+        return [token for token in self.tokenizer(text, add_special_tokens=False)["input_ids"] if self.is_control(token)]
 
     def _first_control(self, text: str) -> int | None:
+        """The special token that a piece of what a template writes begins with."""
         tokens = self.tokenizer(text.lstrip(), add_special_tokens=False)["input_ids"]
         return tokens[0] if tokens and self.is_control(tokens[0]) else None
 
