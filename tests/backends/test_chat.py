@@ -325,7 +325,7 @@ class TestEnds:
             "<|im_end|>", "{% if message.tool_calls %}<call>{{ message.tool_calls[0].function | tojson }}{% else %}<|im_end|>{% endif %}"
         )
         _, ((call,),) = encoded(tmp_path, [chat(("user", "q"), said(tool_calls=[CALL]))], template)
-        assert call.endswith("}\n<|im_end|>")
+        assert call.endswith("}<|im_end|>")
 
     def test_a_warning_without_an_eos_token(self, tmp_path, caplog):
         tokenizer = tiny_tokenizer(GLM)
