@@ -406,6 +406,15 @@ class TestContent:
         row = {column: [{role: names[0], content: "q"}, {role: names[1], content: "a"}]}
         assert encoded(tmp_path, [row]) == ({}, [["a<|im_end|>\n"]])
 
+    @pytest.mark.parametrize("empty", [[], None])
+    def test_a_first_row_that_shows_nothing(self, tmp_path, empty):
+        assert encoded(tmp_path, [{"messages": empty}, GOOD]) == ({"malformed": 1}, [["y<|im_end|>\n"]])
+        as_sharegpt = {"messages": GOOD_TALK["conversations"]}
+        assert encoded(tmp_path, [{"messages": empty}, as_sharegpt]) == ({"malformed": 1}, [["y<|im_end|>\n"]])
+        assert encoded(tmp_path, [{"prompt": empty, "completion": empty}, {"prompt": GOOD["messages"][:1], "completion": GOOD["messages"][1:]}])[
+            1
+        ] == [["y<|im_end|>\n"]]
+
     def test_mixed_keys_within_a_row(self, tmp_path):
         row = {"conversations": [{"from": "human", "value": "q"}, {"role": "assistant", "content": "a"}]}
         assert encoded(tmp_path, [GOOD_TALK, row])[0] == {"malformed": 1}
