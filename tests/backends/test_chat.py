@@ -315,6 +315,18 @@ class TestEnds:
         (record,) = caplog.records
         assert "ends answers with '</turn>', which is no special token of the tokenizer: the model will not learn to stop" in record.getMessage()
 
+    def test_an_end_of_text_and_a_token(self, tmp_path, caplog):
+        template = CHAT_TEMPLATE.replace("<|im_end|>", "</turn><|im_end|>")
+        assert encoded(tmp_path, [GOOD], template) == ({}, [["y</turn><|im_end|>\n"]])
+        assert chat_format(tiny_tokenizer(template)).end_problem == "" and not caplog.records
+
+    def test_a_call_that_the_template_does_not_end(self, tmp_path):
+        template = CHAT_TEMPLATE.replace(
+            "<|im_end|>", "{% if message.tool_calls %}<call>{{ message.tool_calls[0].function | tojson }}{% else %}<|im_end|>{% endif %}"
+        )
+        _, ((call,),) = encoded(tmp_path, [chat(("user", "q"), said(tool_calls=[CALL]))], template)
+        assert call.endswith("}<|im_end|>")
+
     def test_a_warning_without_an_eos_token(self, tmp_path, caplog):
         tokenizer = tiny_tokenizer(GLM)
         tokenizer.eos_token = None
@@ -393,6 +405,15 @@ class TestContent:
     def test_keys_and_roles_of_either_format(self, tmp_path, column, role, content, names):
         row = {column: [{role: names[0], content: "q"}, {role: names[1], content: "a"}]}
         assert encoded(tmp_path, [row]) == ({}, [["a<|im_end|>\n"]])
+
+    @pytest.mark.parametrize("empty", [[], None])
+    def test_a_first_row_that_shows_nothing(self, tmp_path, empty):
+        assert encoded(tmp_path, [{"messages": empty}, GOOD]) == ({"malformed": 1}, [["y<|im_end|>\n"]])
+        as_sharegpt = {"messages": GOOD_TALK["conversations"]}
+        assert encoded(tmp_path, [{"messages": empty}, as_sharegpt]) == ({"malformed": 1}, [["y<|im_end|>\n"]])
+        assert encoded(tmp_path, [{"prompt": empty, "completion": empty}, {"prompt": GOOD["messages"][:1], "completion": GOOD["messages"][1:]}])[
+            1
+        ] == [["y<|im_end|>\n"]]
 
     def test_mixed_keys_within_a_row(self, tmp_path):
         row = {"conversations": [{"from": "human", "value": "q"}, {"role": "assistant", "content": "a"}]}

@@ -190,3 +190,10 @@ def test_by_dataset_info_a_row_is_read_as_its_columns_say(tmp_path):
     """What was allowed stays allowed: an unread column may hold anything."""
     spec = spec_of(tmp_path, [{**ALPACA, "score": float("inf"), "meta": {"a": float("nan")}}])
     assert load_rows(spec).to_list() == [ALPACA]
+
+
+def test_the_module_that_data_was_in():
+    """Scripts that read data sets without a Trainer import from it."""
+    from dataflex.backends import data
+
+    assert data.encode_sft is encode_sft and data.find_datasets is find_datasets and data.load_rows is load_rows

@@ -11,6 +11,7 @@ from workspace import make_workspace, run_cli, write_config, write_rows
 from dataflex.backends import load_backend
 from dataflex.cli.plan import check_run, plan
 from dataflex.testing.tiny import tiny_tokenizer
+from dataflex.utils.logging import warn_once
 
 
 @pytest.fixture
@@ -94,3 +95,11 @@ def test_a_path_that_leads_out_of_the_data_folder(folder):
     (folder / "data/dataset_info.json").unlink()
     result = run_cli("validate", str(write_config(folder, dataset="../far.jsonl")))
     assert result.exit_code == 2 and "config.yaml:4: dataset: '../far.jsonl' leads out of dataset_dir" in result.stderr
+
+
+def test_a_template_that_teaches_no_end_is_reported_at_every_start(folder, caplog):
+    (folder / "mine.jinja").write_text("{% for m in messages %}{{ m.role }}: {{ m.content }}</end>{% endfor %}")
+    for output_dir in ("one", "two"):
+        warn_once.cache_clear()  # as a new process
+        train(folder=folder, template="mine.jinja", output_dir=output_dir)
+    assert caplog.text.count("ends answers with '</end>', which is no special token of the tokenizer: the model will not learn to stop") == 2

@@ -22,7 +22,7 @@ from dataflex.configs.secrets import protected
 from dataflex.core.row_numbers import ROW_COLUMN, RowNumbers
 from dataflex.errors import ConfigError, Problem
 from dataflex.utils.distributed import is_main_process
-from dataflex.utils.logging import logger
+from dataflex.utils.logging import logger, warn_once
 
 __all__ = ["check", "scoring_trainer", "summary", "train"]
 
@@ -166,6 +166,8 @@ def _fit(tokenizer: Any, options: TrlOptions) -> None:
     """Let the tokenizer know the tokens of a built-in template, and say what that changes."""
     before = tokenizer.eos_token
     new = fit_tokenizer(options.template, tokenizer)
+    if problem := chat_format(tokenizer).end_problem:
+        warn_once(problem)
     if tokenizer.eos_token != before:
         logger.info("template %s: the eos token is now %s, which ends its answers; it was %s", options.template, tokenizer.eos_token, before)
     if not new:

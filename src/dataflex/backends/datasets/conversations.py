@@ -325,13 +325,14 @@ def _spans(conversation: Conversation, style: ChatFormat, targets: Sequence[int]
 
 
 def _with_end(tokens: list[int], style: ChatFormat) -> list[int]:
-    """The tokens of a conversation whose last answer ends with no token of its own: as in LLaMA-Factory, eos is added if nothing was written."""
-    eos = style.tokenizer.eos_token_id
-    if style.ending or eos is None:
-        what = f"with {style.ending!r}, which is no special token of the tokenizer" if style.ending else "with no token, and there is no eos token"
-        _note(f"the chat template ends answers {what}: the model will not learn to stop. Make its end a special token and the eos token")
+    """The tokens of a conversation whose last answer ends with no token of its own: as in LLaMA-Factory, the eos token ends it.
+
+    Where the template always writes another end, which is ordinary text, it stays as it is and a warning says what that means.
+    """
+    if style.end_problem:
+        _note(style.end_problem)
         return tokens
-    return [*tokens, eos]
+    return [*tokens, style.tokenizer.eos_token_id]
 
 
 def _with_marker(tokens: list[int], start: int, end: int, style: ChatFormat) -> int:

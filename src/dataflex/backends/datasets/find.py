@@ -111,9 +111,9 @@ def _guess(path: Path, key: str) -> tuple[Formatting, dict[str, str], dict[str, 
     row = _first_row(path, key)
     for column in ("conversations", "messages"):
         if column in row:
-            return _read_if_there("sharegpt", _guess_tags(row[column]), messages=column)
+            return _read_if_there("sharegpt", _guess_tags(_first_row(path, key, column).get(column), column), messages=column)
     if "prompt" in row and "completion" in row:
-        return _read_if_there("prompt_completion", _completion_tags(row["completion"]))
+        return _read_if_there("prompt_completion", _completion_tags(_first_row(path, key, "completion").get("completion")))
     return None
 
 
@@ -123,24 +123,30 @@ def _read_if_there(formatting: Formatting, tags: dict[str, str], **columns: str)
     return formatting, optional | DEFAULT_COLUMNS[formatting] | columns, tags
 
 
-def _first_row(path: Path, key: str) -> dict[str, Any]:
-    row = next((row for file in data_files(path) for _, row in records(file, key)), None)
-    return row if isinstance(row, dict) else {}
+def _first_row(path: Path, key: str, filled: str | None = None) -> dict[str, Any]:
+    """The first row, or the first one near the start in which a column is filled."""
+    rows = islice((row for file in data_files(path) for _, row in records(file, key)), 1 if filled is None else _HEAD)
+    return next((row for row in rows if isinstance(row, dict) and (filled is None or not says_nothing(row.get(filled)))), {})
 
 
 def _completion_tags(completion: Any) -> dict[str, str]:
     """TRL's completion is text, or a list of messages, which have tags."""
-    return _guess_tags(completion) if isinstance(completion, list) else {}
+    return _guess_tags(completion, "messages") if isinstance(completion, list) else {}
 
 
-def _guess_tags(messages: Any) -> dict[str, str]:
-    """Where a message's role and content stand, and what the roles are called: ShareGPT's `from: human` or OpenAI's `role: user`, or a mixture."""
+def _guess_tags(messages: Any, column: str) -> dict[str, str]:
+    """Where a message's role and content stand, and what the roles are called: ShareGPT's `from: human` or OpenAI's `role: user`, or a mixture.
+
+    Args:
+        column: where the messages stand, which decides where they show nothing.
+    """
     try:
         found = [message for message in as_list(messages, "") if isinstance(message, dict)]
     except ValueError:  # reported with its place when the row is read
         found = []
     tags = dict(DEFAULT_TAGS)
-    openai = any("role" in message for message in found) and not any("from" in message for message in found)
+    openai = any("role" in message for message in found) if found else column == "messages"
+    openai = openai and not any("from" in message for message in found)
     if openai:
         tags |= {tag: OPENAI_TAGS[tag] for tag in ("role_tag", "content_tag")}
     roles = {str(message.get(tags["role_tag"])) for message in found}
@@ -183,7 +189,7 @@ def _described(entry: Mapping[str, Any], path: Path, stage: Stage, key: str) -> 
     columns, tags = _columns(entry, formatting), entry.get("tags", {})
     if formatting in ("sharegpt", "openai"):
         tags = DEFAULT_TAGS | (OPENAI_TAGS if formatting == "openai" else {}) | tags
-    elif formatting == "prompt_completion" and (guessed := _completion_tags(_first_row(path, key).get(columns["completion"]))):
+    elif formatting == "prompt_completion" and (guessed := _completion_tags(_first_row(path, key, columns["completion"]).get(columns["completion"]))):
         tags = guessed | tags
     return formatting, columns, tags
 

@@ -135,6 +135,17 @@ class ChatFormat:
         return text.rpartition(_MARK)[2].strip() if text and _MARK in text else None
 
     @cached_property
+    def end_problem(self) -> str:
+        """Why a model that is trained with this template would not learn to stop, or an empty text."""
+        if self.ending and not self._controls(self.ending):
+            what = f"with {self.ending!r}, which is no special token of the tokenizer"
+        elif not self.ending and self.tokenizer.eos_token_id is None:
+            what = "with no token, and there is no eos token"
+        else:
+            return ""
+        return f"the chat template ends answers {what}: the model will not learn to stop. Make their end a special token, and the eos token"
+
+    @cached_property
     def next_marker(self) -> int | None:
         """The special token that follows an answer when another question comes, such as GLM's `<|user|>`."""
         text = self._text(_QUESTION, {**_ANSWER, "content": _MARK}, _QUESTION)
@@ -144,11 +155,15 @@ class ChatFormat:
     def stop_ids(self) -> list[int]:
         """Tokens that end an answer: the template's own, and the tokenizer's eos token."""
         eos = self.tokenizer.eos_token_id
-        written = self.tokenizer(self.ending or "", add_special_tokens=False)["input_ids"]
-        own = eos if eos in written else self._first_control(self.ending) if self.ending else self.next_marker
-        return [token for token in dict.fromkeys((eos, own)) if token is not None]
+        own = self._controls(self.ending)[:1] if self.ending else [self.next_marker]
+        return [token for token in dict.fromkeys((eos, *([] if eos in self._controls(self.ending or "") else own))) if token is not None]
+
+    def _controls(self, text: str) -> list[int]:
+        """The special tokens in a piece of what a template writes."""
+        return [token for token in self.tokenizer(text, add_special_tokens=False)["input_ids"] if self.is_control(token)]
 
     def _first_control(self, text: str) -> int | None:
+        """The special token that a piece of what a template writes begins with."""
         tokens = self.tokenizer(text.lstrip(), add_special_tokens=False)["input_ids"]
         return tokens[0] if tokens and self.is_control(tokens[0]) else None
 
@@ -158,7 +173,7 @@ class ChatFormat:
 
     def is_blank(self, token: int) -> bool:
         if token not in self._blank:
-            self._blank[token] = token not in self._control and not self.tokenizer.decode([token]).strip()
+            self._blank[token] = token not in self._control and not str(self.tokenizer.decode([token])).strip()
         return self._blank[token]
 
     def stops(self, tokens: Sequence[int]) -> bool:

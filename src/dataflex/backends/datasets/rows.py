@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from dataflex.backends.datasets.cells import content_or_none, is_missing, json_of, kind_of, text_or_none
 from dataflex.backends.datasets.files import data_files, records
-from dataflex.backends.datasets.spec import FIELDS, DatasetSpec
+from dataflex.backends.datasets.spec import DEFAULT_COLUMNS, FIELDS, OPTIONAL_COLUMNS, DatasetSpec
 from dataflex.errors import ConfigError, Problem
 
 if TYPE_CHECKING:
@@ -35,7 +35,8 @@ def load_rows(spec: DatasetSpec, max_samples: int | None = None) -> datasets.Dat
     rows = islice(_rows(spec), limit)
     schema = _schema(spec)
     batches = iter(lambda: list(islice(rows, _BATCH)), [])
-    dataset = Dataset(pa.concat_tables([schema.empty_table(), *(pa.Table.from_pylist(batch, schema=schema) for batch in batches)]))
+    table = pa.concat_tables([schema.empty_table(), *(pa.Table.from_pylist(batch, schema=schema) for batch in batches)])
+    dataset = Dataset(table.drop_columns([column for column in _optional(spec) if table[column].null_count == len(table)]))
     if spec.num_samples is not None and limit is not None and 0 < len(dataset) < limit:
         dataset = dataset.select([index % len(dataset) for index in range(limit)])
     return dataset
@@ -51,6 +52,12 @@ def _schema(spec: DatasetSpec) -> pyarrow.Schema:
         message = pa.struct([(spec.tags["role_tag"], text), (spec.tags["content_tag"], text), (FIELDS, text)])
         types |= dict.fromkeys(spec.message_roles, pa.list_(message))
     return pa.schema({column: types.get(role, text) for role, column in spec.columns.items()})
+
+
+def _optional(spec: DatasetSpec) -> list[str]:
+    """Columns that are read if they are there; where no row has one, every later look at a row would pay for it."""
+    always = DEFAULT_COLUMNS[spec.formatting]
+    return [column for role, column in spec.columns.items() if role in OPTIONAL_COLUMNS[spec.formatting] and role not in always]
 
 
 def _rows(spec: DatasetSpec) -> Iterator[dict[str, Any]]:
