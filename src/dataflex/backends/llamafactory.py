@@ -336,7 +336,7 @@ def _numbered(rows: Any, start: int, model_args: Any, data_args: Any, training_a
     reasons = np.full(len(before), HELD_OUT, dtype=object)
     given = np.asarray(split["train"][ROW_COLUMN])
     valid = np.array([stage == "pt" or _is_conversation(row) for row in split["train"].select_columns(["_prompt", "_response"])], dtype=bool)
-    reasons[given] = np.where(valid, None, "not a conversation of user and assistant turns")
+    reasons[given] = [None if usable else "not a conversation of user and assistant turns" for usable in valid]
     numbers = given[valid]
     if len(numbers) != len(rows):
         return rows, RowTable(unknown="LLaMA-Factory left out other rows than expected")

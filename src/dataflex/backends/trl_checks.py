@@ -401,7 +401,7 @@ def summary(run: RunFile, checked: Checked) -> tuple[list[tuple[str, str]], Size
     read = sum(source.rows for source in data.table.sources)
     packed = " packed" if options.packing or options.neat_packing or (options.stage == "pt" and options.packing is not False) else ""
     left_out = [("left out", f"{number} rows: {reason}") for reason, number in data.dropped.items()]
-    counts = np.bincount(column_values(data.dataset, DOMAIN_COLUMN), minlength=len(data.names)) if options.domain_column else []
+    counts: Any = np.bincount(column_values(data.dataset, DOMAIN_COLUMN), minlength=len(data.names)) if options.domain_column else []
     held_out = f"{eval_rows}{packed} rows of the above, held out" if options.val_size else "none"
     named = f"{', '.join(spec.shown for spec in checked.evaluation)}: {eval_rows}{packed} rows"
     warmup = f"{options.warmup_ratio:.0%} of the steps" if options.warmup_ratio else keys.get("warmup_steps", 0)

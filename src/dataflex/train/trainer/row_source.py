@@ -27,7 +27,7 @@ def number_rows(host: type[Any], args: tuple[Any, ...], kwargs: dict[str, Any]) 
     """
     names = [name for name, p in inspect.signature(host.__init__).parameters.items() if p.kind is p.POSITIONAL_OR_KEYWORD][1:]
     place = names.index("train_dataset") if "train_dataset" in names else len(args)
-    dataset = args[place] if place < len(args) else kwargs.get("train_dataset")
+    dataset: Any = args[place] if place < len(args) else kwargs.get("train_dataset")
     prepares = hasattr(host, "_prepare_dataset")
     skips = any((getattr(value, "dataset_kwargs", None) or {}).get("skip_prepare_dataset") for value in (*args, kwargs.get("args")))
     if not prepares or skips or not hasattr(dataset, "add_column") or ROW_COLUMN in dataset.column_names:
