@@ -81,6 +81,7 @@ class _Lock:
 
     def __init__(self, output_dir: Path):
         self.output_dir, self.path = output_dir, output_dir / "dataflex" / NAME
+        self._made_folder = not output_dir.exists()
         self.handle = self._acquire()
         self._released = threading.Event()
         try:
@@ -159,6 +160,8 @@ class _Lock:
             if self.in_place():
                 self.path.unlink()
                 self.path.parent.rmdir()  # unless something is in it
+                if self._made_folder:
+                    self.output_dir.rmdir()
         os.close(self.handle)
 
 
