@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 
 ARMS = {
-    "static": ["train_type=static"],
+    "static": ["train_type=static", "component_name=null", "component_params=null", "warmup_step=null"],
     "loss: uniform": ["component_params.strategy=uniform"],
     "loss: linupper": ["component_params.strategy=linupper"],
     "loss: quadratic": ["component_params.strategy=quadratic"],

@@ -23,7 +23,7 @@ from dataflex.backends.datasets.encode import encode_sft
 from dataflex.backends.datasets.find import find_datasets
 
 ARMS = {
-    "static": ["train_type=static"],
+    "static": ["train_type=static", "component_name=null", "warmup_step=null", "update_step=null"],
     "random": ["component_name=random"],
     "loss": ["component_name=loss"],
     "near": ["component_name=near"],

@@ -725,7 +725,7 @@ MISTAKES = [
     wrong(
         "output_dir with a run",
         (
-            "config.yaml:7: output_dir: 'out' already holds a run. Resume it with resume_from_checkpoint: true, start anew with "
+            "config.yaml:7: output_dir: 'out' already holds a run. It has no checkpoint that can be resumed: start anew with "
             "overwrite_output_dir: true, or use another folder"
         ),
         prepare=write("out/checkpoint-3/trainer_state.json", "{}"),

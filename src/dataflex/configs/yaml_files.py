@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -195,7 +196,8 @@ def _first_failing(text: str, path: str | Path) -> str:
     """`file:LINE` of the first top-level key whose value cannot be read alone."""
     node = _composed(text)
     for key, value in node.value if isinstance(node, yaml.MappingNode) else []:
-        if _fails(lambda key=key, value=value: OmegaConf.create(yaml.serialize(yaml.MappingNode("tag:yaml.org,2002:map", [(key, value)])))):
+        alone = yaml.MappingNode("tag:yaml.org,2002:map", [(key, value)])
+        if _fails(partial(OmegaConf.create, yaml.serialize(alone))):
             return f"{path}:{key.start_mark.line + 1}"
     return str(path)
 

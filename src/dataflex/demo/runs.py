@@ -18,7 +18,7 @@ from typing import Any
 from dataflex.demo.data import ROW_SHARES, Row
 
 METHODS: dict[str, list[str]] = {
-    "static": [],
+    "static": ["warmup_step=null"],
     "loss linupper": ["train_type=dynamic_weight", "component_name=loss", "component_params.strategy=linupper"],
     "loss quadratic": ["train_type=dynamic_weight", "component_name=loss", "component_params.strategy=quadratic"],
     "dft": ["train_type=dynamic_weight", "component_name=dft"],
