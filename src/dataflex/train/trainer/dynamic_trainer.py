@@ -277,6 +277,8 @@ class DynamicTrainer(CheckpointedTrainer):
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         if resume_from_checkpoint:
             self.args.ignore_data_skip = False  # skipping is free here, and without it the host counts epochs anew
+        elif hasattr(self.component, "load_state_dict"):
+            self.component.load_state_dict(copy.deepcopy(self._dataflex.first_state))  # a second call starts like the first
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def _settings_for_resume(self, dataset: Any) -> dict[str, Any]:
