@@ -431,3 +431,9 @@ def test_a_static_run_applies_what_was_changed_and_says_so(tmp_path, caplog):
     with caplog.at_level(logging.WARNING, "dataflex"):
         assert rates_of(again, str(tmp_path / "out" / "checkpoint-2"))[0] == (3, 0.25)
     assert "learning_rate was '0.01', now '0.5'; going on with the new values" in caplog.text
+
+
+def test_a_checkpoint_of_a_static_run_is_none_of_an_algorithm(tmp_path):
+    trainer_of({**SPEC, **KINDS["static"]}, tmp_path / "out")[0].train()
+    with pytest.raises(ResumeError, match="is of a run without an algorithm"):
+        train({**SPEC, "dataflex": {"allow_changed_resume": True}, "resume": str(tmp_path / "out" / "checkpoint-2")}, tmp_path / "out")

@@ -130,6 +130,8 @@ def _check_state(path: Path, *, required: bool) -> int | None:
     if not required and not (path / FOLDER).exists():
         return None
     state, _ = load_state(path)
+    if required and "stream" not in state:
+        raise ResumeError(f"{path} is of a run without an algorithm (train_type: static), so there is no state of one to go on from")
     ranks = len(state.get("pending", {}).get("loss", []))
     if state["version"] == VERSION:
         return ranks

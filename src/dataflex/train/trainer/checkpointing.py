@@ -66,7 +66,7 @@ class CheckpointedTrainer(Trainer):
         with self._output_dir_locked():
             run.resume = self._resolve_checkpoint(resume_from_checkpoint)
             run.resumed = self._read_state(run.resume) if run.resume else {}
-            run.pending, run.changed, run.caught_up = run.resumed.get("pending"), {}, False
+            run.pending, run.changed, run.caught_up, run.last_step = run.resumed.get("pending"), {}, False, None
             run.callbacks = _stateful(self.callback_handler.callbacks, "args")
             if run.resume and run.leave_when_finished:
                 self._leave_if_finished()

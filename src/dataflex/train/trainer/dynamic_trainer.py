@@ -331,6 +331,8 @@ class DynamicTrainer(CheckpointedTrainer):
         self._refuse_unsupported()  # what was assigned to the trainer since it was made
         if resume_from_checkpoint:
             self.args.ignore_data_skip = False  # skipping is free here, and without it the host counts epochs anew
+        elif hasattr(self.component, "load_state_dict"):
+            self.component.load_state_dict(copy.deepcopy(self._dataflex.first_state))  # a second call starts like the first
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def _settings_for_resume(self, dataset: Any) -> dict[str, Any]:
