@@ -842,8 +842,12 @@ WHEN_BUILT = [
     ("near", {"file": "rows.npy"}, "file rows.npy cannot be read: "),
     ("ifd", {"file": "model/model.safetensors"}, "file model/model.safetensors was not written by `dataflex-cli offline`"),
     ("random", {"candidate_pool": "config.yaml"}, "candidate_pool config.yaml cannot be read: "),
-    ("random", {"candidate_pool": "rows.npy"}, "candidate_pool rows.npy must be a list of row numbers, not float64 of shape (12, 3)"),
-    ("random", {"candidate_pool": "pool.npy"}, "the candidate pool has rows from 0 to 12, and the data set has 12"),
+    (
+        "random",
+        {"candidate_pool": "rows.npy"},
+        "candidate_pool rows.npy must be a list of row numbers (or 'name:row', or true and",
+    ),
+    ("random", {"candidate_pool": "pool.npy"}, "config.yaml: candidate_pool: has rows from 0 to 12, and there are 12, numbered from 0"),
 ]
 
 

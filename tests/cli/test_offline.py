@@ -134,7 +134,7 @@ class TestNear:
         trainer = trainer_of()
         features, queries = (embeddings(trainer, data) for data in (trainer.train_dataset, trainer.eval_dataset))
         assert (len(features), len(queries), metadata["rows"]) == (SIZE - 4, 4, str(SIZE - 4))
-        assert order.tolist() == in_turns(nearest_first(queries, features))
+        assert order.tolist() == trainer.row_numbers.of(np.array(in_turns(nearest_first(queries, features)))).tolist()
 
 
 class TestRds:
@@ -223,7 +223,7 @@ class TestIfd:
 def test_metadata(folder, method, content):
     name, values, metadata = offline(method, "component_params.candidate_pool=nowhere.npy")  # the component is not looked at
     assert name == content and values.shape == (SIZE,)
-    assert {key: metadata[key] for key in ("format", "method", "rows")} == {"format": "dataflex-offline-1", "method": method, "rows": str(SIZE)}
+    assert {key: metadata[key] for key in ("format", "method", "rows")} == {"format": "dataflex-offline-2", "method": method, "rows": str(SIZE)}
     assert metadata["fingerprint"] == dataset_fingerprint(trainer_of().train_dataset)
     told = json.loads(metadata["parameters"])
     assert told["model"] == "model" and ("min_tokens" in told if method == "ifd" else told["pooling"] == "weighted_mean")

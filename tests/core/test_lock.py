@@ -50,7 +50,11 @@ def test_a_killed_run_locks_nobody_out(tmp_path, holder):
 def test_nothing_is_left_behind(tmp_path):
     with run_lock(tmp_path / "out"), run_lock(tmp_path / "out"):  # `train` within a command
         assert (tmp_path / "out" / "dataflex" / "lock").exists()
-    assert list((tmp_path / "out").iterdir()) == []
+    assert not (tmp_path / "out").exists()
+    (tmp_path / "mine").mkdir()
+    with run_lock(tmp_path / "mine"):
+        pass
+    assert list((tmp_path / "mine").iterdir()) == []
     with run_lock(tmp_path / "other", active=False):  # rank 1
         assert not (tmp_path / "other").exists()
 

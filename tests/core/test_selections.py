@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from dataflex.core.row_numbers import RowNumbers
 from dataflex.core.selections import SHOWN, SelectionLog
 
 SIZE = 45
@@ -42,11 +43,12 @@ def test_most_and_least_ties_by_row(tmp_path):
     log = SelectionLog(tmp_path, active=True)
     for step in range(3):
         log.write(step, rows_of(step))
-        log.summarise(SIZE, np.arange(SIZE) % 2, ["even", "odd"], lambda row: f"row {row}")
+        log.summarise(RowNumbers(None, SIZE), np.arange(SIZE) % 2, ["even", "odd"], lambda row: f"row {row}")
     times = brute([0, 1, 2])
     summary = json.loads((tmp_path / "dataflex/selections/summary.json").read_text())
     for key, order in (("most", np.argsort(-times, kind="stable")), ("least", np.argsort(times, kind="stable"))):
-        expected = [{"row": row, "times": times[row], "domain": ["even", "odd"][row % 2], "text": f"row {row}"} for row in order[:SHOWN].tolist()]
+        shown = order[:SHOWN].tolist()
+        expected = [{"row": row, "source": str(row), "times": times[row], "domain": ["even", "odd"][row % 2], "text": f"row {row}"} for row in shown]
         assert summary[key] == expected
     assert len(summary["most"]) == SHOWN < SIZE and (summary["rows"], summary["domains"]) == (SIZE, ["even", "odd"])
 
@@ -55,12 +57,12 @@ def test_most_and_least_ties_by_row(tmp_path):
 def test_fewer_rows_than_are_shown(tmp_path, size):
     log = SelectionLog(tmp_path, active=True)
     log.write(0, np.arange(size))
-    log.summarise(size, None, [], str)
+    log.summarise(RowNumbers(None, size), None, [], str)
     summary = json.loads((tmp_path / "dataflex/selections/summary.json").read_text())
     assert [row["row"] for row in summary["most"]] == [row["row"] for row in summary["least"]] == list(range(size))
 
 
 def test_other_ranks_write_nothing(tmp_path):
     log = SelectionLog(tmp_path, active=False)
-    log.write(0, rows_of(0)), log.summarise(SIZE, None, [], str), log.rewind(0)
+    log.write(0, rows_of(0)), log.summarise(RowNumbers(None, SIZE), None, [], str), log.rewind(0)
     assert not list(tmp_path.iterdir())

@@ -162,6 +162,8 @@ class _Lock:
                 self.path.parent.rmdir()  # unless something is in it
                 if self._made_folder:
                     self.output_dir.rmdir()
+        with suppress(OSError):
+            fcntl.flock(self.handle, fcntl.LOCK_UN)  # a loader's worker may have the file open, too
         os.close(self.handle)
 
 
