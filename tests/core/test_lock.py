@@ -60,11 +60,14 @@ def test_nothing_is_left_behind(tmp_path):
 
 
 def test_a_loader_worker_that_outlives_its_run_does_not_keep_the_lock(tmp_path):
+    ready, told = os.pipe()
     with run_lock(tmp_path / "out"):
         worker = os.fork()
         if worker == 0:
+            os.write(told, b"x")
             time.sleep(30)
             os._exit(0)
+        os.read(ready, 1)
         handle = os.open(tmp_path / "out" / "dataflex" / "lock", os.O_RDWR)
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -147,3 +150,10 @@ def test_what_a_killed_run_left_half_written_is_deleted(tmp_path):
     (folder / ".mine.tmp").touch()
     with run_lock(tmp_path / "out"):
         assert [path.name for path in folder.iterdir()] == [".mine.tmp"]
+
+
+def test_a_folder_below_the_home_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    with run_lock("~/out"), run_lock(tmp_path / "out"):
+        assert (tmp_path / "out" / "dataflex" / "lock").exists()
+    assert not (tmp_path / "~").exists()

@@ -437,3 +437,24 @@ def test_a_checkpoint_of_a_static_run_is_none_of_an_algorithm(tmp_path):
     trainer_of({**SPEC, **KINDS["static"]}, tmp_path / "out")[0].train()
     with pytest.raises(ResumeError, match="is of a run without an algorithm"):
         train({**SPEC, "dataflex": {"allow_changed_resume": True}, "resume": str(tmp_path / "out" / "checkpoint-2")}, tmp_path / "out")
+
+
+def test_an_evaluation_that_was_still_to_come_may_stop_the_run(tmp_path):
+    args = {**SAVED, "learning_rate": 1e-30, "eval_strategy": "epoch", "metric_for_best_model": "loss"}
+    spec = {**SPEC, "max_steps": 16, "epochs": 4, "args": args}
+
+    def trained(resume=None):
+        trainer, recorder = trainer_of(spec, tmp_path / "out")
+        trainer.add_callback(EarlyStoppingCallback(1))
+        trainer.train(resume_from_checkpoint=resume)
+        return trainer.state.global_step, len(recorder.gradients)
+
+    assert trained() == (8, 8)  # the second evaluation is no better than the first, and comes after checkpoint-8
+    assert trained(True) == (8, 0)
+
+
+def test_a_checkpoint_of_the_host_alone_at_its_end(of_the_host, caplog):
+    trainer, recorder = trainer_of({**SPEC, **KINDS["static"]}, of_the_host)
+    with caplog.at_level(logging.WARNING, "dataflex"):
+        trainer.train(resume_from_checkpoint=True)
+    assert recorder.gradients == [] and "no step is left to do" in caplog.text

@@ -236,13 +236,14 @@ class _Made(Exception):
 
 def _with_checkpoint(keys: dict[str, Any], *, static: bool) -> dict[str, Any]:
     """LLaMA-Factory goes on from the last checkpoint in output_dir by itself; let it be the last complete one, or none if none is."""
-    if keys.get("resume_from_checkpoint") or keys.get("overwrite_output_dir") or not checkpoint_folders(keys["output_dir"]):
+    folder = Path(keys["output_dir"]).expanduser()
+    if keys.get("resume_from_checkpoint") is not None or keys.get("overwrite_output_dir") or not checkpoint_folders(folder):
         return keys
-    found, skipped = newest_complete_checkpoint(keys["output_dir"], with_state=not static)
+    found, skipped = newest_complete_checkpoint(folder, with_state=not static)
     for reason in skipped:
         logger.warning("not resuming: %s", reason)
     if found is None:
-        logger.warning("%s holds no checkpoint that can be resumed, so training starts anew", keys["output_dir"])
+        logger.warning("%s holds no checkpoint that can be resumed, so training starts anew", folder)
     guarded = keys.get("stage", "sft") in TRAINERS  # then DataFlex looks at every byte and takes the newest that is whole
     return {**keys, "resume_from_checkpoint": found is not None if guarded or found is None else str(found)}
 

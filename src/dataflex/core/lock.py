@@ -39,11 +39,11 @@ def run_lock(output_dir: str | Path, *, active: bool = True) -> Iterator[None]:
     Raises:
         TrainingError: another run is in there, or the folder cannot be written.
     """
-    key = os.path.realpath(output_dir)
+    key = _key(output_dir)
     if not active or key in _held:
         yield
         return
-    lock = _held[key] = _Lock(Path(output_dir))
+    lock = _held[key] = _Lock(Path(output_dir).expanduser())
     try:
         yield
     finally:
@@ -51,9 +51,13 @@ def run_lock(output_dir: str | Path, *, active: bool = True) -> Iterator[None]:
         lock.release()
 
 
+def _key(output_dir: str | Path) -> str:
+    return os.path.realpath(os.path.expanduser(output_dir))
+
+
 def refuse_if_locked(output_dir: str | Path) -> None:
     """Raise what `run_lock` would, and leave nothing behind."""
-    if (Path(output_dir) / "dataflex" / NAME).exists():
+    if (Path(output_dir).expanduser() / "dataflex" / NAME).exists():
         with run_lock(output_dir):
             pass
 
@@ -64,7 +68,7 @@ def check_still_there(output_dir: str | Path) -> None:
     Raises:
         TrainingError: it is.
     """
-    lock = _held.get(os.path.realpath(output_dir))
+    lock = _held.get(_key(output_dir))
     if lock is not None and not lock.in_place():
         message = f"output_dir '{output_dir}' was removed or replaced while the run was going on; what the run had written there is lost"
         raise TrainingError(message)

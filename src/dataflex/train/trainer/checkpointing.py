@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import cache
 from pathlib import Path
 from typing import Any, ClassVar
@@ -34,6 +34,8 @@ from dataflex.utils.logging import logger
 
 class CheckpointedTrainer(Trainer):
     """`CheckpointedTrainer.over(AnyTrainer)(...)`: the host's training, with checkpoints that are checked before they are resumed."""
+
+    _dataflex: RunState
 
     needs_state: ClassVar[bool] = False
     """Whether a checkpoint without DataFlex's state is of no use."""
@@ -66,15 +68,15 @@ class CheckpointedTrainer(Trainer):
         with self._output_dir_locked():
             run.resume = self._resolve_checkpoint(resume_from_checkpoint)
             run.resumed = self._read_state(run.resume) if run.resume else {}
-            run.pending, run.changed, run.caught_up, run.last_step = run.resumed.get("pending"), {}, False, None
+            run.pending, run.changed, run.caught_up, run.last_step = run.resumed.get("pending", {}), {}, False, None
             run.callbacks = _stateful(self.callback_handler.callbacks, "args")
             if run.resume and run.leave_when_finished:
                 self._leave_if_finished()
             if self.is_world_process_zero():
-                forget_finished(self.args.output_dir)
+                forget_finished(str(self.args.output_dir))
             with self._as_one_run(), waiting("the gradients, or another exchange of the host's,"):
                 result = super().train(str(run.resume) if run.resume else None, *args, **kwargs)
-            check_still_there(self.args.output_dir)
+            check_still_there(str(self.args.output_dir))
             self._after_training()
         return result
 
@@ -84,19 +86,16 @@ class CheckpointedTrainer(Trainer):
     @contextmanager
     def _output_dir_locked(self) -> Iterator[None]:
         """The main process keeps other runs out; all ranks fail with it."""
-        lock, refusal = run_lock(self.args.output_dir, active=self.is_world_process_zero()), ""
-        try:
-            lock.__enter__()
-        except TrainingError as error:
-            refusal = str(error)
-        try:
+        with ExitStack() as stack:
+            refusal = ""
+            try:
+                stack.enter_context(run_lock(str(self.args.output_dir), active=self.is_world_process_zero()))
+            except TrainingError as error:
+                refusal = str(error)
             refusals = [found for found in gather_objects(refusal) if found]
             if refusals:
                 raise TrainingError(refusals[0])
             yield
-        finally:
-            if not refusal:
-                lock.__exit__(None, None, None)
 
     @contextmanager
     def _as_one_run(self) -> Iterator[None]:
@@ -110,8 +109,8 @@ class CheckpointedTrainer(Trainer):
 
     def _leave_if_finished(self) -> None:
         """Raise `RunFinished` if all that this run would leave is there, and its newest checkpoint is the one to go on from."""
-        found, resume = read_finished(self.args.output_dir), self._dataflex.resume
-        if found is None or max(found["checkpoints"].values(), default=0) != checkpoint_number(resume):
+        found, resume = read_finished(str(self.args.output_dir)), self._dataflex.resume
+        if found is None or resume is None or max(found["checkpoints"].values(), default=0) != checkpoint_number(resume):
             return
         if found["settings"] == self._settings_for_resume(super().get_train_dataloader().dataset):
             raise RunFinished(f"{self.args.output_dir}: this run is finished (step {found['global_step']}), so there is nothing to do")
@@ -157,7 +156,7 @@ class CheckpointedTrainer(Trainer):
     def get_train_dataloader(self) -> Any:
         loader = super().get_train_dataloader()
         self._dataflex.settings = self._settings_for_resume(loader.dataset)
-        if "settings" in self._dataflex.resumed:
+        if self._dataflex.resume is not None and "settings" in self._dataflex.resumed:
             self._refuse_changed(self._dataflex.resume, self._dataflex.resumed["settings"])
         return loader
 
@@ -199,9 +198,10 @@ class CheckpointedTrainer(Trainer):
 
     def _load_callback_state(self) -> None:
         """Give stateful callbacks their state back. The host would make new ones, in another place and with the checkpoint's settings."""
+        saved: Any = self.state.stateful_callbacks
         if self.args.restore_callback_states_from_checkpoint:
-            _restore_callbacks(self.callback_handler.callbacks, self.state.stateful_callbacks, self._dataflex.resumed.get("callbacks", {}))
-        present = [callback for callback in [*self.callback_handler.callbacks, self.control] if isinstance(callback, ExportableState)]
+            _restore_callbacks(self.callback_handler.callbacks, saved, self._dataflex.resumed.get("callbacks", {}))
+        present: Any = [callback for callback in [*self.callback_handler.callbacks, self.control] if isinstance(callback, ExportableState)]
         self.state.stateful_callbacks = TrainerState(stateful_callbacks=present).stateful_callbacks
 
     # ---------------------------------------------------------------- going on where the run was
@@ -209,7 +209,7 @@ class CheckpointedTrainer(Trainer):
     def _run_epoch(self, *args: Any, **kwargs: Any) -> Any:
         at_boundary = kwargs["epoch"] == kwargs["epochs_trained"] and not kwargs["steps_trained_in_current_epoch"]
         self._go_on(at_boundary, kwargs["trial"], kwargs["ignore_keys_for_eval"], kwargs["start_time"])
-        if self._nothing_left():
+        if self._nothing_left() or (self._dataflex.caught_up and self.control.should_training_stop):
             self.control.should_training_stop = True
             return None
         return super()._run_epoch(*args, **kwargs)
@@ -221,17 +221,17 @@ class CheckpointedTrainer(Trainer):
             at_boundary: whether the checkpoint's step is the last one of an epoch.
         """
         pending, self._dataflex.pending = self._dataflex.pending, None
-        if pending is None:
+        if pending is None or self._dataflex.resume is None:
             return
-        hosts.restore_logging_state(self, pending["loss"], pending["last_logged"])
-        hosts.restore_host_state(self, pending["host"])
+        if pending:
+            hosts.restore_logging_state(self, pending["loss"], pending["last_logged"])
+            hosts.restore_host_state(self, pending["host"])
         self._total_loss_scalar = pending.get("total", self._total_loss_scalar)
         self.model_wrapped.train(pending.get("training", True))  # some hosts log one thing or another by it
         last = self._dataflex.last_step = pending.get("last step")
-        ended = last is None or last["epoch ended"]
         if self._nothing_left():
             logger.warning("%s is the end of training (step %d of %d): no step is left to do", self._dataflex.resume, *self._steps())
-        if not ended and (at_boundary or self._nothing_left()):
+        if last is not None and not last["epoch ended"] and (at_boundary or self._nothing_left()):
             self._load_rng_state(str(self._dataflex.resume))
             self._dataflex.caught_up = True
             self.control.should_log = self.control.should_evaluate = self.control.should_save = False
@@ -257,11 +257,13 @@ class CheckpointedTrainer(Trainer):
         if not self._dataflex.caught_up:  # otherwise the generators have moved on since
             super()._load_rng_state(checkpoint)
 
-    def _maybe_log_save_evaluate(self, tr_loss: Any, grad_norm: Any, *args: Any, learning_rate: Any = None, **kwargs: Any) -> Any:
+    def _maybe_log_save_evaluate(
+        self, tr_loss: Any, grad_norm: Any, model: Any, trial: Any, epoch: Any, ignore_keys_for_eval: Any, start_time: Any, learning_rate: Any = None
+    ) -> None:
         last, step = self._dataflex.last_step, self.state.global_step
         ended = last is not None and last["step"] == step  # the host comes here after each step, and again at the end of an epoch
         self._dataflex.last_step = {"step": step, "epoch ended": ended, "grad_norm": grad_norm, "learning_rate": learning_rate}
-        return super()._maybe_log_save_evaluate(tr_loss, grad_norm, *args, learning_rate=learning_rate, **kwargs)
+        super()._maybe_log_save_evaluate(tr_loss, grad_norm, model, trial, epoch, ignore_keys_for_eval, start_time, learning_rate=learning_rate)
 
     def _finalize_training(self, trial: Any, num_train_samples: int, start_time: float) -> Any:
         self._go_on(True, trial, None, start_time)
@@ -269,7 +271,7 @@ class CheckpointedTrainer(Trainer):
         return output._replace(training_loss=output.metrics["train_loss"])
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        check_still_there(self.args.output_dir)
+        check_still_there(str(self.args.output_dir))
         if "train_loss" in logs and "total" in self._dataflex.resumed.get("pending", {}):
             logs["train_loss"] = self._total_loss_scalar / max(self.state.global_step, 1)  # of the whole run, not of what was left of it
         super().log(logs, *args, **kwargs)
@@ -277,7 +279,7 @@ class CheckpointedTrainer(Trainer):
     # ---------------------------------------------------------------- saving
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        check_still_there(self.args.output_dir)
+        check_still_there(str(self.args.output_dir))
         if self.args.save_only_model:
             return super()._save_checkpoint(model, trial)
         run_dir = self._get_output_dir(trial)
@@ -306,8 +308,10 @@ class CheckpointedTrainer(Trainer):
         """List the files of a checkpoint once all ranks have written theirs. Each reads a share of them."""
         self.accelerator.wait_for_everyone()
         share = self._share()
+        first = self.args.process_index - share.index if self.args.save_on_each_node else 0
+        files = gather_objects(files_of(folder))[first]
         try:
-            found: Any = describe(folder, share.of(files_of(folder)))
+            found: Any = describe(folder, share.of(files))
         except OSError as error:
             found = f"{folder} could not be completed: {error.filename}: {error.strerror}"
         parts = gather_objects(found)
@@ -315,9 +319,9 @@ class CheckpointedTrainer(Trainer):
             if isinstance(part, str):
                 raise TrainingError(part)
         if self.args.should_save:
-            start = self.args.process_index - share.index if self.args.save_on_each_node else 0
-            entries = {name: entry for part in parts[start : start + share.size] for name, entry in part.items()}
-            write_manifest(folder, self.state.global_step, entries)
+            write_manifest(
+                folder, self.state.global_step, {name: entry for part in parts[first : first + share.size] for name, entry in part.items()}
+            )
 
     def _state(self) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
         """Everything beyond the host's own checkpoint. All ranks must call: pending losses are gathered."""
