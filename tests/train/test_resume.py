@@ -87,6 +87,22 @@ def test_resume_of_two_processes(tmp_path, name):
     same(resumed, whole)
 
 
+@pytest.mark.slow
+@pytest.mark.distributed
+def test_two_processes_agree_on_a_damaged_file_of_one_of_them(tmp_path):
+    spec = {**SPEC, "component": "loss", "params": {"scope": "ema"}, "args": {**SPEC["args"], "save_steps": 3}}
+    whole = run(spec, tmp_path / "out", world=2)
+    newest, _ = newest_complete_checkpoint(tmp_path / "out")
+    assert newest is not None
+    files = json.loads((newest / "dataflex_manifest.json").read_text())["files"]
+    assert {"rng_state_0.pth", "rng_state_1.pth", "model.safetensors", "optimizer.pt", "trainer_state.json"} <= files.keys()
+    path = newest / "rng_state_1.pth"
+    data = path.read_bytes()
+    path.write_bytes(data[:-200] + bytes([data[-200] ^ 1]) + data[-199:])
+    same(run({**spec, "resume": True}, tmp_path / "out", world=2), whole)
+    assert path.read_bytes() == data  # written again, by a run that went on from the checkpoint before
+
+
 def test_a_component_that_draws_global_random_numbers_in_its_plan_does_not_break_resume(tmp_path):
     # adapt encodes evaluation rows at step 3, which is also the checkpoint's step.
     spec = {**SPEC, "component": "adapt", "params": {"refresh_steps": 3}}
