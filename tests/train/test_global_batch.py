@@ -55,7 +55,8 @@ def test_a_rank_without_rows_adds_nothing(tmp_path):
 @pytest.mark.slow
 @pytest.mark.distributed
 def test_two_processes_in_front_of_another_host(tmp_path):
+    # In fp32, since TRL's output layer computes in it: rounding moves a loss between the smallest and the largest, on some CPUs by more.
     spec = {"host": HOSTS[1], "component": "loss", "params": {"scope": "window"}, "rows": 13}
     reference = run({**spec, "batch": 8}, tmp_path / "reference")
     split = run({**spec, "batch": 2, "accumulation": 2}, tmp_path / "split", world=2)
-    assert all(relative(a, b) < 1e-6 for a, b in zip(split.gradients, reference.gradients, strict=True))
+    assert all(relative(a, b) < 2e-5 for a, b in zip(split.gradients, reference.gradients, strict=True))

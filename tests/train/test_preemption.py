@@ -65,7 +65,16 @@ def test_the_handler_is_there_during_training_alone(tmp_path):
         def on_step_end(self, *args, **kwargs):
             Watching.seen = signal.getsignal(signal.SIGTERM)
 
+    class Failing(TrainerCallback):
+        def on_step_end(self, *args, **kwargs):
+            raise ArithmeticError
+
     before = signal.getsignal(signal.SIGTERM)
+    trainer, _ = make_trainer({"component": "loss", "batch": 4, "max_steps": 1}, str(tmp_path))
+    trainer.add_callback(Failing())
+    with pytest.raises(ArithmeticError):
+        trainer.train()
+    assert signal.getsignal(signal.SIGTERM) is before
     trainer, _ = make_trainer({"component": "loss", "batch": 4, "max_steps": 1}, str(tmp_path))
     trainer.add_callback(Watching())
     trainer.train()

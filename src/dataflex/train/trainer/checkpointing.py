@@ -54,17 +54,23 @@ class CheckpointedTrainer(Trainer):
     def __init__(self, *args: Any, **kwargs: Any):
         self.__dict__.setdefault("_dataflex", RunState())
         super().__init__(*args, **kwargs)
+        self._refuse_unconnected()
+        set_timeout(self.args.ddp_timeout)
+        self._dataflex.sigterm = SaveOnSigterm()
+        self.add_callback(self._dataflex.sigterm)
+        self.args.restore_callback_states_from_checkpoint = True  # such as the patience of early stopping
+
+    def _refuse_unconnected(self) -> None:
+        """A launcher's processes that do not know of each other would train copies into one folder."""
         apart = unconnected(self.accelerator.num_processes)
         if apart:
             raise ConfigError(Problem("", "use_cpu", apart))
-        set_timeout(self.args.ddp_timeout)
-        self.add_callback(SaveOnSigterm())
-        self.args.restore_callback_states_from_checkpoint = True  # such as the patience of early stopping
 
     # ---------------------------------------------------------------- a run from its beginning to its end
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         run = self._dataflex
+        self._refuse_unconnected()
         with self._output_dir_locked():
             run.resume = self._resolve_checkpoint(resume_from_checkpoint)
             run.resumed = self._read_state(run.resume) if run.resume else {}
@@ -106,6 +112,7 @@ class CheckpointedTrainer(Trainer):
             yield
         finally:
             self.args.eval_on_start = wanted
+            self._dataflex.sigterm.release()
 
     def _leave_if_finished(self) -> None:
         """Raise `RunFinished` if all that this run would leave is there, and its newest checkpoint is the one to go on from."""

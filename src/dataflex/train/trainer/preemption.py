@@ -59,10 +59,14 @@ class SaveOnSigterm(TrainerCallback):
         server = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)
         return dist.PrefixStore("dataflex/sigterm", server)
 
-    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def release(self) -> None:
+        """Give the signal back to whoever had it, also after training that ended with an error."""
         if self._before is not None:
             signal.signal(signal.SIGTERM, self._before)
             self._before = None
+
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self.release()
         if self._saved_at == state.global_step:
             if world_size() > 1:
                 dist.barrier()  # torchrun kills a rank that still writes when another has left

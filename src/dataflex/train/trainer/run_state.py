@@ -37,6 +37,7 @@ class RunState:
         history, current: sums of domain losses (k, 4) of the steps since the last decision, and of the step under way.
         reweights, domain_weights: whether the mixer weights domains, and how (k,).
         step: the optimizer step under way.
+        sigterm: what saves a checkpoint after SIGTERM.
         contract: what the component promises about its weights.
         active: the weighter whose training step is under way, and whether it weights.
         hidden, features: last hidden states of the micro-batch under way, and the samples' features.
@@ -78,6 +79,7 @@ class RunState:
     reweights: bool = False
     domain_weights: torch.Tensor | None = None
     step: Any = None
+    sigterm: Any = None
     contract: Any = None
     active: tuple[Any, bool] | None = None
     hidden: list[torch.Tensor] = field(default_factory=list)
