@@ -243,5 +243,8 @@ def read_pool(path: Path) -> Any:
             return rows
     if isinstance(rows, np.ndarray) and rows.ndim == 1 and (not rows.size or rows.dtype.kind in "biu"):
         return rows
-    shape = f"{rows.dtype} of shape {rows.shape}" if isinstance(rows, np.ndarray) else "something else"
+    if isinstance(rows, np.ndarray):
+        shape = f"{rows.dtype} of shape {rows.shape}"
+    else:
+        shape = f"a list that holds {', '.join(sorted({type(row).__name__ for row in rows}))}" if isinstance(rows, list) else type(rows).__name__
     raise ComponentError(f"candidate_pool {path} must be a list of row numbers (or 'name:row', or true and false for every row), not {shape}")
