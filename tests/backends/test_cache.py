@@ -115,5 +115,5 @@ def test_packed_text_knows_its_documents(folder):
 
 def test_the_note_of_an_entry_holds_no_data(folder):
     encode_sft(specs(folder, rows()), tiny_tokenizer(), cutoff_len=64)
-    assert set(json.loads(entries(folder)[0].with_suffix(".json").read_text())) == {"sha256", "bytes", "notes"}
+    assert set(json.loads(entries(folder)[0].with_suffix(".json").read_text())) == {"xxh3_128", "bytes", "notes"}
     assert cache.cache_folder() == folder / "cache" / "tokenised"

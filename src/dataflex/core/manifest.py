@@ -1,4 +1,4 @@
-"""`checkpoint-N/dataflex_manifest.json`: size and SHA-256 of every file of a checkpoint, the host's too.
+"""`checkpoint-N/dataflex_manifest.json`: size and digest (XXH3) of every file of a checkpoint, the host's too.
 
 It is written last, after the files it lists have reached the disk. So a checkpoint with a manifest is whole even after a power loss, and any
 file that changed since is found. The ranks share the reading, since digests of large files take time.
@@ -6,7 +6,6 @@ file that changed since is found. The ranks share the reading, since digests of 
 
 from __future__ import annotations
 
-import hashlib
 import os
 import re
 from collections.abc import Iterable
@@ -16,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from dataflex.errors import ResumeError
-from dataflex.utils.files import DamagedFile, read_sealed_json, sync, write_sealed_json
+from dataflex.utils.files import DamagedFile, file_digest, read_sealed_json, sync, write_sealed_json
 
 NAME = "dataflex_manifest.json"
 VERSION = 1
@@ -124,9 +123,7 @@ def digest_flaws(folder: Path, files: dict[str, Entry], share: Share = ALL) -> l
 
 
 def _entry(path: Path) -> Entry:
-    with open(path, "rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-        return {"size": file.tell(), "sha256": digest}
+    return {"size": path.stat().st_size, "xxh3_128": file_digest(path)}
 
 
 def _readers(files: int) -> ThreadPoolExecutor:

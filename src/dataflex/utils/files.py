@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import xxhash
 
 # A name of its own for every write: two processes never write into the same file, and what a dead one left can be told from everything else.
 _TEMPORARY = re.compile(r"^\..+\.\d+-[0-9a-f]{8}\.tmp$")
@@ -131,6 +132,12 @@ def sync(path: str | os.PathLike[str]) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def file_digest(path: str | os.PathLike[str]) -> str:
+    """What tells a file's content from any that damage would leave: XXH3, 128 bits, as fast as memory. It is no proof against forgery."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, xxhash.xxh3_128).hexdigest()
 
 
 def sha256(data: bytes) -> str:

@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from dataflex.utils.files import write_json_atomically
+from dataflex.utils.files import file_digest, write_json_atomically
 from dataflex.utils.logging import logger
 
 VARIABLE = "DATAFLEX_CACHE"
@@ -28,11 +28,6 @@ def cache_folder() -> Path:
     """`$DATAFLEX_CACHE`, or `dataflex` in the user's cache folder. It may be deleted at any time."""
     base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(os.environ.get(VARIABLE) or Path(base) / "dataflex") / "tokenised"
-
-
-def file_digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def digest(*parts: Any) -> str:
@@ -82,7 +77,7 @@ def cached(key: str, write: Callable[[Path], list[str]], *, renew: bool = False)
         partial = folder / f".{key}.{os.getpid()}.partial"
         try:
             notes = write(partial)
-            note = {"sha256": file_digest(partial), "bytes": partial.stat().st_size, "notes": notes}
+            note = {"xxh3_128": file_digest(partial), "bytes": partial.stat().st_size, "notes": notes}
             os.replace(partial, path)
         finally:
             partial.unlink(missing_ok=True)
@@ -108,7 +103,7 @@ def _intact(path: Path) -> dict[str, Any] | None:
     note = path.with_suffix(".json")
     try:
         known = json.loads(note.read_text(encoding="utf-8"))
-        if path.stat().st_size == known["bytes"] and file_digest(path) == known["sha256"] and isinstance(known["notes"], list):
+        if path.stat().st_size == known["bytes"] and file_digest(path) == known["xxh3_128"] and isinstance(known["notes"], list):
             return dict(known)
     except FileNotFoundError:
         return None

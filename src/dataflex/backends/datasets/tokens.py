@@ -19,6 +19,7 @@ from dataflex.backends.datasets.conversations import NOTES
 from dataflex.backends.datasets.files import data_files, records
 from dataflex.backends.datasets.rows import reduced_row
 from dataflex.backends.datasets.spec import DOMAIN_ROLE, DatasetSpec
+from dataflex.utils.files import file_digest
 from dataflex.utils.logging import warn_once
 
 if TYPE_CHECKING:
@@ -57,7 +58,7 @@ def tokens_of(spec: DatasetSpec, encode_row: EncodeRow, limits: Limits) -> datas
 
     files = data_files(spec.path)
     key = cache.digest(
-        [(file.name, cache.file_digest(file)) for file in files],
+        [(file.name, file_digest(file)) for file in files],
         [spec.formatting, spec.columns, spec.tags, limits.rows_of(spec)],
         [encode_row.function.__name__, encode_row.options, cache.tokenizer_digest(encode_row.tokenizer)],
         cache.code_digest(),
