@@ -45,7 +45,7 @@ def read_runs(folders: Sequence[Path], metric: str) -> Runs:
         try:
             unit, mixture = _mean_mixture(folder)
             results = json.loads((folder / "all_results.json").read_text(encoding="utf-8"))
-        except (OSError, ValueError, KeyError) as error:
+        except (OSError, ValueError, KeyError, TypeError) as error:
             problems.append(Problem(str(folder), "", f"is not a finished run with dynamic_mix: {error}"))
             continue
         names, units = names or list(mixture), units or [unit]
