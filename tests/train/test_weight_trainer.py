@@ -347,14 +347,11 @@ def test_components_that_are_no_weighters(tmp_path, wrong):
         trainer_with(wrong, tmp_path)
 
 
-def test_train_loss_of_a_resumed_run_is_what_the_host_makes_it(tmp_path):
-    spec = {"batch": 1, "args": {"save_strategy": "steps", "save_steps": 7, "logging_steps": 10}}
-    losses = []
-    for name, component in (("host", None), ("ours", "loss")):
-        run({**spec, "component": component}, tmp_path / name)
-        resumed = run({**spec, "component": component, "resume": str(tmp_path / name / "checkpoint-7")}, tmp_path / f"{name} again")
-        losses.append(resumed.log[-1]["train_loss"])
-    assert losses[1] == pytest.approx(losses[0], rel=0.1)
+def test_train_loss_of_a_resumed_run_is_that_of_the_whole_run(tmp_path):
+    spec = {"batch": 1, "component": "loss", "args": {"save_strategy": "steps", "save_steps": 7, "logging_steps": 10}}
+    whole = run(spec, tmp_path / "whole")
+    resumed = run({**spec, "resume": str(tmp_path / "whole" / "checkpoint-7")}, tmp_path / "resumed")
+    assert resumed.log[-1]["train_loss"] == whole.log[-1]["train_loss"]  # the host's, over the steps since, depends on its version
 
 
 def test_random_rows_and_random_samplers_resume_exactly(tmp_path):
