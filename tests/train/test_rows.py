@@ -174,3 +174,10 @@ def test_fingerprint_depends_on_content_and_length():
     assert base != dataset_fingerprint(datasets.Dataset.from_list(changed))
     assert base != dataset_fingerprint(datasets.Dataset.from_list(rows[:4]))
     assert dataset_fingerprint(rows) != dataset_fingerprint(changed)
+
+
+def test_fingerprint_does_not_depend_on_how_rows_are_kept():
+    rows = tiny_rows(30)
+    kept = [k for k in range(30) if k % 7 != 3]
+    selected = datasets.Dataset.from_list(rows).select(kept)  # every row a chunk of its own
+    assert dataset_fingerprint(selected) == dataset_fingerprint(datasets.Dataset.from_list([rows[k] for k in kept]))

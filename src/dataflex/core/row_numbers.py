@@ -56,7 +56,7 @@ class RowNumbers:
 
         length, offsets, parts, ends = len(dataset), None, [], []
         for batch in dataset.select_columns([ROW_COLUMN]).with_format("arrow").iter(batch_size=100_000):
-            for chunk in batch.column(ROW_COLUMN).chunks:
+            for chunk in batch.combine_chunks().column(ROW_COLUMN).chunks:
                 if pa.types.is_list(chunk.type):
                     ends.append(chunk.value_lengths().to_numpy(zero_copy_only=False))
                     chunk = chunk.flatten()

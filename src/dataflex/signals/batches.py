@@ -30,7 +30,7 @@ def target_counts(dataset: Any) -> np.ndarray:
 
         parts = []
         for batch in dataset.select_columns(["labels"]).with_format("arrow").iter(batch_size=10_000):
-            for chunk in batch.column("labels").chunks:
+            for chunk in batch.combine_chunks().column("labels").chunks:
                 ends = np.cumsum(pc.list_value_length(chunk).to_numpy(zero_copy_only=False))
                 seen = np.concatenate([[0], np.cumsum(chunk.flatten().to_numpy(zero_copy_only=False) != -100)])
                 starts = np.concatenate([[0], ends[:-1]])

@@ -31,6 +31,7 @@ def _add_columns(digest: Any, table: Any) -> None:
     import pyarrow.compute as pc
 
     for batch in table.iter(batch_size=10_000):
+        batch = batch.combine_chunks()  # of selected rows each is a chunk of its own, and how rows are chunked is no content
         for name in batch.column_names:
             for chunk in batch.column(name).chunks:
                 digest.update(pc.list_value_length(chunk).cast(pa.int64()).to_numpy(zero_copy_only=False).tobytes())
