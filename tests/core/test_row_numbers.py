@@ -60,6 +60,7 @@ def test_what_a_user_may_write():
     assert numbers.read([1, "c:5"], "pool").tolist() == [1, 9]
     assert numbers.read(np.arange(10) % 5 == 2, "pool").tolist() == [2, 7]
     assert [numbers.label(number) for number in (0, 3, 4, 9)] == ["a:b:0", "a:b:3", "c:0", "c:5"]
+    assert numbers_of([0, 2], sources=[Source("alone", 4)]).label(2) == "2"
 
 
 @pytest.mark.parametrize(

@@ -189,8 +189,10 @@ class RowNumbers:
         raise ConfigError(Problem("", what, f"'{value}' is not a row: write its number, or 'name:row' with the name of a data set.{known}"))
 
     def label(self, number: int) -> str:
-        """`name:row` of a number, or the number alone where data sets have no names."""
+        """`name:row` of a number, or the number alone where there are not several data sets."""
         left = int(number)
+        if len(self.sources) < 2:
+            return str(left)
         for source in self.sources:
             if left < source.rows:
                 return f"{source.name}:{left}"
